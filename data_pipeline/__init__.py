@@ -1,0 +1,1 @@
+"""Corpus stages as pure functions over records, and the engines that run them."""

@@ -1,0 +1,1 @@
+"""Publishing, verifying and loading checkpoints, and the Hugging Face name map."""

@@ -1,0 +1,1 @@
+"""Token files, sample order and the batch loader."""

@@ -1,0 +1,1 @@
+"""The phi model: blocks, attention, rotary embedding, initialisation and loss."""

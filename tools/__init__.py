@@ -1,0 +1,1 @@
+"""The `megaphi` command line: one module a verb."""
