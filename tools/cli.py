@@ -11,8 +11,16 @@ import traceback
 from collections.abc import Sequence
 
 from megaphi import __version__
-from megaphi.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Preempted, RunError
-from megaphi.errors import EXIT_PREEMPTED, EXIT_REJECTS, TooManyRejects
+from megaphi.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_REJECTS,
+    EXIT_USAGE,
+    Preempted,
+    RunError,
+    TooManyRejects,
+)
 
 VERBS = {
     "data": ("tools.data", "build a corpus: ingest, train-tokenizer, tokenize, merge"),

@@ -1,0 +1,213 @@
+"""What makes a directory a checkpoint: a manifest that vouches for every file in it.
+
+Layout of a checkpoint directory, `step-00001200/`:
+
+    *.safetensors   tensors, as written by torch.distributed.checkpoint's Hugging Face storage:
+                    `model.<parameter>` and, from the trainer, `optimizer.first_moment.<parameter>`
+                    and `optimizer.second_moment.<parameter>`, each cut into any number of shards
+    model.json      the model section of the recipe
+    trainer.json    step, samples consumed, optimizer step (from the trainer)
+    config.yaml     the whole recipe (from the trainer)
+    tokenizer/      the tokenizer, where it is known
+    manifest.json   size and SHA-256 of every file above, and a digest of itself
+
+A directory becomes a checkpoint by one rename, after every byte is on the disk; nothing is ever
+written into an existing one. Nothing that is read back is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megaphi.errors import RunError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+_STEP_PATTERN = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RunError):
+    """A checkpoint is damaged or missing; the message names the file."""
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    bytes: int
+    sha256: str
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Read a file and return its size and SHA-256."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return FileDigest(size, digest.hexdigest())
+
+
+def _canonical_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(
+    directory: Path, digests: Mapping[str, FileDigest], details: Mapping[str, Any]
+) -> None:
+    """Write `manifest.json` for `digests`, keyed by path relative to `directory`.
+
+    Files of the directory that are not among `digests` are read and hashed here.
+    """
+    files = {name: asdict(digest) for name, digest in digests.items()}
+    for path in _files(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in files:
+            files[name] = asdict(digest_file(path))
+    manifest: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        **details,
+        "files": dict(sorted(files.items())),
+    }
+    manifest["sha256"] = _canonical_digest(manifest)
+    write_durably(directory / MANIFEST_NAME, json.dumps(manifest, indent=1))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read a manifest and check it against its own digest.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, of another format, or altered.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no manifest, so this is not a complete checkpoint"
+        ) from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: not readable as JSON, the checkpoint is damaged") from None
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _canonical_digest(manifest):
+        raise CheckpointError(f"{path}: its content does not match its own digest")
+    if manifest.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {manifest.get('format')}, this version reads {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def verify_files(directory: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Compare size and SHA-256 of the named files with the manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or differs.
+    """
+    for name in names:
+        path = directory / name
+        expected = manifest["files"][name]
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{path}: {size} bytes, the manifest says {expected['bytes']}")
+        if digest_file(path).sha256 != expected["sha256"]:
+            raise CheckpointError(f"{path}: its SHA-256 differs from the manifest's")
+
+
+def verify_checkpoint(directory: Path) -> dict[str, Any]:
+    """Re-hash a whole checkpoint and return its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing, altered or not in the manifest.
+    """
+    manifest = read_manifest(directory)
+    check_strangers(directory, manifest)
+    verify_files(directory, manifest, manifest["files"])
+    return manifest
+
+
+def check_strangers(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise a `CheckpointError` if the directory holds a file that the manifest does not list."""
+    for path in _files(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in manifest["files"] and name != MANIFEST_NAME:
+            raise CheckpointError(f"{path}: not listed in the manifest")
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint directories of a run, newest first, by name alone (nothing is verified)."""
+    if not run_dir.is_dir():
+        return []
+    found = [
+        (int(match.group(1)), path)
+        for path in run_dir.iterdir()
+        if (match := _STEP_PATTERN.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of a step's checkpoint: `step-00001200`."""
+    return f"step-{step:08d}"
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a finished directory visible under its final name, durably.
+
+    Every file and directory is synced before the rename, the parent after it.
+
+    Raises:
+        CheckpointError: something already has the final name.
+    """
+    if final.exists():
+        raise CheckpointError(f"{final}: already exists; a checkpoint is never overwritten")
+    for path in _files(temporary):
+        sync(path)
+    for path in sorted(temporary.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync(path)
+    sync(temporary)
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def remove(directory: Path) -> None:
+    """Delete a checkpoint so that a kill in the middle leaves no half that looks whole."""
+    doomed = directory.with_name(f"{directory.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    directory.rename(doomed)
+    sync(doomed.parent)
+    shutil.rmtree(doomed)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file's content in one step: temporary name, sync, rename, sync of the parent."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(directory: Path) -> list[Path]:
+    """All files below a directory, sorted."""
+    return sorted(path for path in directory.rglob("*") if path.is_file() or path.is_symlink())

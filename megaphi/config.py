@@ -1,0 +1,417 @@
+"""The whole configuration of a training run: one tree of frozen dataclasses, checked when built.
+
+A recipe is a YAML file with one mapping a section; `--section.key=value` on the command line
+overrides it. Values that other values determine (head size, micro-batches a step, data-parallel
+size) are derived, never asked for. Defaults are phi-1's ("Textbooks Are All You Need",
+arXiv 2306.11644) where the paper gives a value; the docstring of a field says where the value is
+ours.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raise a `ValueError` with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(section: str, values: object, names: Sequence[str]) -> None:
+    """Raise a `ValueError` that names the first of `names` whose value is not above zero."""
+    for name in names:
+        value = getattr(values, name)
+        _require(value > 0, f"{section}.{name} must be positive, not {value}")
+
+
+def _require_fraction(section: str, values: object, names: Sequence[str]) -> None:
+    """Raise a `ValueError` that names the first of `names` whose value is outside [0, 1)."""
+    for name in names:
+        value = getattr(values, name)
+        _require(0.0 <= value < 1.0, f"{section}.{name} must be in [0, 1), not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Shape of the phi model; the defaults are phi-1's 1.3B parameters."""
+
+    num_layers: int = 24
+    """Number of parallel attention + MLP blocks."""
+    hidden_size: int = 2048
+    """Width of the residual stream."""
+    num_heads: int = 32
+    """Attention heads; hidden_size / num_heads is the head size (64 in phi-1)."""
+    intermediate_size: int | None = None
+    """Width of the MLP's inner layer; 4 x hidden_size when not given."""
+    vocab_size: int = 51200
+    """Rows of the embedding and the head; at least the tokenizer's size."""
+    max_sequence_length: int = 2048
+    """Longest sequence the model is meant for."""
+    rotary_fraction: float = 0.5
+    """Share of each head that the rotary embedding turns."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in every LayerNorm."""
+    residual_dropout: float = 0.0
+    """Dropout on each branch before it joins the residual stream (phi-1 trained with 0.1)."""
+    attention_dropout: float = 0.0
+    """Dropout on the attention probabilities (phi-1 trained with 0.1)."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; ours, the paper gives none."""
+
+    def __post_init__(self) -> None:
+        names = ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_sequence_length")
+        _require_positive("model", self, names)
+        _require_positive("model", self, ("layer_norm_epsilon", "rotary_base"))
+        _require(self.ffn_size > 0, f"model.intermediate_size={self.ffn_size} must be positive")
+        _require_fraction("model", self, ("residual_dropout", "attention_dropout"))
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.hidden_size={self.hidden_size} is not a multiple of "
+            f"model.num_heads={self.num_heads}",
+        )
+        _require(
+            self.hidden_size % 4 == 0,
+            f"model.hidden_size={self.hidden_size} must be a multiple of 4 (dropout is drawn for "
+            "four elements at a time)",
+        )
+        _require(
+            0.0 < self.rotary_fraction <= 1.0 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
+            f"model.rotary_fraction={self.rotary_fraction} turns {self.rotary_dim} of "
+            f"{self.head_size} elements of a head; that must be an even number above zero",
+        )
+
+    @property
+    def head_size(self) -> int:
+        """Elements of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that the rotary embedding turns."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the MLP's inner layer."""
+        return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the model is spread over processes; the data-parallel size is whatever remains."""
+
+    tensor: int = 1
+    """Tensor-parallel size. Only 1 is built so far."""
+    pipeline: int = 1
+    """Pipeline-parallel size. Only 1 is built so far."""
+    context: int = 1
+    """Context-parallel size. Only 1 is built so far."""
+    reshard_after_forward: bool = False
+    """Free gathered weights after the forward pass (ZeRO-3 traffic) to save memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "context"):
+            value = getattr(self, name)
+            _require(
+                value == 1,
+                f"parallel.{name}={value} is not built yet; use 1 (data parallelism needs no key: "
+                "start more processes with torchrun)",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Number format of the compute; master weights, moments and reductions are always fp32."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "bf16"
+    """fp32, bf16, or auto: bf16 where the device computes it natively, else fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; biases and LayerNorms have none."""
+    beta1: float = 0.9
+    """Decay of the first moment; ours, the paper gives none."""
+    beta2: float = 0.95
+    """Decay of the second moment; ours, the paper gives none."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment; ours, the paper gives none."""
+    gradient_clip: float = 1.0
+    """Largest global gradient norm, 0 for no clipping; ours, the paper gives none."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optimizer", self, ("learning_rate", "epsilon"))
+        _require_fraction("optimizer", self, ("beta1", "beta2"))
+        for name in ("weight_decay", "gradient_clip"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name} must not be negative, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate over steps: linear warm-up, then decay."""
+
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up."""
+    warmup_steps: int = 750
+    """Steps from 0 to the peak."""
+    decay_steps: int | None = None
+    """Step at which the decay ends; train.steps when not given."""
+    minimum_fraction: float = 0.0
+    """Learning rate at the end of the decay, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_steps >= 0, "schedule.warmup_steps must not be negative")
+        _require_fraction("schedule", self, ("minimum_fraction",))
+        if self.decay_steps is not None:
+            _require(
+                self.decay_steps > self.warmup_steps,
+                f"schedule.decay_steps={self.decay_steps} must be above "
+                f"schedule.warmup_steps={self.warmup_steps}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which token files are read, and in what order."""
+
+    train: str | list[str | float]
+    """Prefix of a token file, or a list: prefixes, or weight, prefix, weight, prefix, …"""
+    validation: str | list[str | float] | None = None
+    """Token files for evaluation, in the form of `train`; excludes `split`."""
+    split: str | None = None
+    """Megatron's split by position, "969,30,1": shares of `train` for training, validation, test."""
+    sequence_length: int = 2048
+    """Tokens of a sample."""
+    planned_samples: int | None = None
+    """Samples for which the order is drawn; train.steps x train.global_batch_size when not given.
+    Megatron's order depends on it, so it must stay the same over a run: set it to lengthen one."""
+    prefetch_batches: int = 4
+    """Micro-batches that a background thread reads ahead."""
+
+    def __post_init__(self) -> None:
+        _require_positive("data", self, ("sequence_length",))
+        _require(self.prefetch_batches >= 0, "data.prefetch_batches must not be negative")
+        _require(
+            self.validation is None or self.split is None,
+            "data.validation and data.split exclude each other: name a file or a split, not both",
+        )
+        _require(
+            self.planned_samples is None or self.planned_samples > 0,
+            f"data.planned_samples must be positive, not {self.planned_samples}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When the run is saved, what is kept, and where it starts."""
+
+    interval: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept, at least 2."""
+    permanent_interval: int | None = None
+    """Checkpoints at multiples of this many steps are never deleted."""
+    resume: str = "auto"
+    """auto: newest verified checkpoint of the run, if any; never: start anew; or a checkpoint."""
+    initialize_from: str | None = None
+    """Model (run, checkpoint or Hugging Face directory) whose weights a new run starts from."""
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, ("interval",))
+        _require(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2")
+        _require(
+            self.permanent_interval is None or self.permanent_interval > 0,
+            f"checkpoint.permanent_interval must be positive, not {self.permanent_interval}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """What is reported while training; metrics.jsonl always has every step."""
+
+    interval: int = 10
+    """Steps between console lines and TensorBoard points."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into <run_dir>/tensorboard."""
+
+    def __post_init__(self) -> None:
+        _require_positive("logging", self, ("interval",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The run: where it lives, how long it is, how large its batches are."""
+
+    run_dir: str
+    """Directory of checkpoints, metrics and logs."""
+    steps: int
+    """Optimizer steps in all."""
+    seed: int = 1234
+    """Seed of the initial weights, the data order and dropout."""
+    micro_batch_size: int = 8
+    """Sequences of one forward and backward pass on one process."""
+    global_batch_size: int = 1024
+    """Sequences of one optimizer step over all processes."""
+    evaluation_interval: int = 500
+    """Steps between evaluations, where there is validation data."""
+    evaluation_batches: int = 8
+    """Global batches of one evaluation."""
+    max_nonfinite_steps: int = 5
+    """Steps in a row with a non-finite gradient that stop the run; each such step is skipped."""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "micro_batch_size", "global_batch_size", "evaluation_interval")
+        _require_positive("train", self, names)
+        _require_positive("train", self, ("evaluation_batches", "max_nonfinite_steps"))
+        _require(self.seed >= 0, f"train.seed must not be negative, not {self.seed}")
+        _require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"train.global_batch_size={self.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={self.micro_batch_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that determines a run."""
+
+    train: Train
+    data: Data
+    model: Model = field(default_factory=Model)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.sequence_length <= self.model.max_sequence_length,
+            f"data.sequence_length={self.data.sequence_length} is longer than the model allows "
+            f"(model.max_sequence_length={self.model.max_sequence_length})",
+        )
+
+    @property
+    def planned_samples(self) -> int:
+        """Samples for which Megatron's order is drawn."""
+        return self.data.planned_samples or self.train.steps * self.train.global_batch_size
+
+    def micro_batches(self, data_parallel_size: int) -> int:
+        """Micro-batches of a step on each of `data_parallel_size` processes.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        per_pass = self.train.micro_batch_size * data_parallel_size
+        _require(
+            self.train.global_batch_size % per_pass == 0,
+            f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={self.train.micro_batch_size} x {data_parallel_size} "
+            "data-parallel processes",
+        )
+        return self.train.global_batch_size // per_pass
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, in the form of a recipe file."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The recipe as a recipe file that reruns the run."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def recipe_keys() -> list[str]:
+    """Every dotted key of a recipe, in order: `train.run_dir`, `train.steps`, …"""
+    return [
+        f"{section.name}.{key.name}"
+        for section in dataclasses.fields(Recipe)
+        for key in dataclasses.fields(section.type)  # type: ignore[arg-type]
+    ]
+
+
+def load_recipe(arguments: Sequence[str]) -> Recipe:
+    """Build a recipe from `RECIPE.yaml --section.key=value …`.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is named) or a bad value.
+        FileNotFoundError: the recipe file is missing.
+    """
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog="megaphi train",
+        exit_on_error=False,
+        description="Train a recipe; every key of the recipe can be given as an option.",
+    )
+    parser.add_argument("recipe", nargs="?", help="recipe file (YAML)")
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    for section in dataclasses.fields(Recipe):
+        parser.add_class_arguments(section.type, section.name)
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        path = Path(words.pop(0))
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such recipe file")
+        _check_recipe_file(path)
+        parser.add_argument("--recipe-file", action="config")
+        words = ["--recipe-file", str(path), *words]
+    _check_option_names(words)
+    try:
+        parsed = parser.parse_args(words)
+        sections = parser.instantiate_classes(parsed)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_plain_message(str(error))) from error
+    return Recipe(**{s.name: sections[s.name] for s in dataclasses.fields(Recipe)})
+
+
+def _check_recipe_file(path: Path) -> None:
+    """Raise a `ValueError` that names the file and the first key that is not known."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {error}") from error
+    _require(isinstance(tree, dict), f"{path}: a recipe is a mapping of sections, see the README")
+    known = [section.name for section in dataclasses.fields(Recipe)]
+    for section, values in tree.items():
+        _require(section in known, f"{path}: {_unknown(str(section), known)}")
+        _require(isinstance(values, dict), f"{path}: section {section} is not a mapping")
+        for key in values:
+            name = f"{section}.{key}"
+            _require(name in recipe_keys(), f"{path}: {_unknown(name, recipe_keys())}")
+
+
+def _check_option_names(words: Sequence[str]) -> None:
+    """Raise a `ValueError` for the first option that is not a key of a recipe."""
+    for word in words:
+        if word.startswith("--") and word not in ("--help", "--recipe-file"):
+            name = word[2:].split("=", 1)[0]
+            _require(name in recipe_keys(), _unknown(name, recipe_keys()))
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    """Say that `name` is unknown and which of `known` is nearest."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"unknown key {name}; the nearest known key is {near[0]}"
+
+
+def _plain_message(message: str) -> str:
+    """Shorten jsonargparse's message to one line about the key and the value."""
+    return re.sub(r"\s+", " ", message).strip()

@@ -1,0 +1,31 @@
+"""Tables of the rotary position embedding (Su et al., arXiv 2104.09864)."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def rotary_tables(
+    num_positions: int, rotary_dim: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position x frequency.
+
+    Frequency i of rotary_dim / 2 is base^(-2 i / rotary_dim).
+
+    Args:
+        num_positions: rows of the tables.
+        rotary_dim: elements of a head that are turned; even.
+        base: 10,000 in phi-1.
+        device: where the tables live.
+
+    Returns:
+        Two fp32 tensors [num_positions, rotary_dim / 2], shared between callers: do not write.
+    """
+    # On the CPU first, so that every device turns by the same angles. The exponents are formed as
+    # Hugging Face's Phi forms them: the two must agree on long sequences.
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    frequencies = 1.0 / (base**exponents)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
+    return angles.cos().to(device), angles.sin().to(device)
