@@ -202,3 +202,24 @@ def num_parameters(config: Model) -> int:
     """Parameters of a model of this shape, counted on the meta device."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Phi(config).parameters())
+
+
+def parameter_shapes(config: Model) -> dict[str, tuple[int, ...]]:
+    """Name and full shape of every parameter, in the order of the model, without building it."""
+    hidden, inner = config.hidden_size, config.ffn_size
+
+    def vectors(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
+
+    def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+    shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (config.vocab_size, hidden)}
+    shapes |= vectors("embedding.norm")
+    for block in (f"blocks.{index}" for index in range(config.num_layers)):
+        shapes |= linear(f"{block}.qkv", 3 * hidden, hidden)
+        shapes |= linear(f"{block}.out", hidden, hidden)
+        shapes |= linear(f"{block}.fc1", inner, hidden)
+        shapes |= linear(f"{block}.fc2", hidden, inner)
+        shapes |= vectors(f"{block}.norm")
+    return shapes | linear("head", config.vocab_size, hidden)

@@ -1,0 +1,93 @@
+"""What a checkpoint and a run must agree in before one continues the other."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaphi.config import Model, Recipe
+from megaphi.data.loader import token_file_prefixes
+from megaphi.data.sidecar import TokenFileInfo
+from megaphi.metrics.meter import device_name
+from megaphi.parallel.mesh import Mesh
+
+# What changes a model's training but not its weights' shape or meaning.
+_FREE_MODEL_KEYS = {"residual_dropout", "attention_dropout", "initializer_range"}
+
+
+def data_order(recipe: Recipe, infos: dict[str, TokenFileInfo]) -> dict[str, Any]:
+    """All that determines which sample comes when.
+
+    Token files are known by content (digest of the index; of the tokens where a sidecar has it,
+    else their size), so that they may move but not change.
+    """
+    files = []
+    for prefix in token_file_prefixes(recipe):
+        info = infos.get(prefix)
+        if info is not None:
+            files.append([info.idx_sha256, info.bin_sha256])
+        else:
+            index = hashlib.sha256(Path(f"{prefix}.idx").read_bytes()).hexdigest()
+            files.append([index, Path(f"{prefix}.bin").stat().st_size])
+    value = recipe.data.train
+    weights = [] if isinstance(value, str) else [v for v in value if isinstance(v, int | float)]
+    return {
+        "train.seed": recipe.train.seed,
+        "data.planned_samples": recipe.planned_samples,
+        "data.sequence_length": recipe.data.sequence_length,
+        "data.split": recipe.data.split,
+        "weights of data.train": weights,
+        "content of the token files": files,
+    }
+
+
+def environment(mesh: Mesh, dtype: torch.dtype) -> dict[str, Any]:
+    """What bitwise equality of a resumed run depends on besides the recipe."""
+    return {
+        "torch": torch.__version__,
+        "device": device_name(mesh.device),
+        "threads": torch.get_num_threads(),
+        "processes": mesh.data_size,
+        "dtype": str(dtype),
+    }
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys whose values differ, as "key was A, is B"; long values are not printed."""
+    found = []
+    for key in now:
+        old, new = before.get(key), now[key]
+        if old != new:
+            short = len(f"{old}{new}") < 120
+            found.append(f"{key} was {old}, is {new}" if short else f"{key} changed")
+    return found
+
+
+def check_same_model(model: Model, directory: Path) -> None:
+    """Raise a `ValueError` unless a checkpoint's model has the recipe's shape."""
+    saved = json.loads((directory / "model.json").read_text(encoding="utf-8"))
+    own = {key: value for key, value in vars(model).items() if key not in _FREE_MODEL_KEYS}
+    different = changes(saved, {**own, "intermediate_size": model.intermediate_size})
+    if different:
+        raise ValueError(
+            f"{directory} is of another model: {', '.join(f'model.{text}' for text in different)}; "
+            "use its values, or choose another train.run_dir"
+        )
+
+
+def check_same_order(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    """Raise a `ValueError` if resuming would change the order of the data."""
+    different = changes(before, now)
+    if not different:
+        return
+    hint = "choose another train.run_dir for a new run"
+    if before.get("data.planned_samples") != now["data.planned_samples"]:
+        hint = (
+            "the order is drawn for train.steps x train.global_batch_size samples; to lengthen or "
+            f"rebatch this run add --data.planned_samples={before.get('data.planned_samples')}"
+        )
+    raise ValueError(
+        f"resuming {directory} would change the order of the data: {', '.join(different)}; {hint}"
+    )

@@ -1,0 +1,219 @@
+"""Micro-batches in a fixed order, read ahead by a thread.
+
+The order is Megatron's: sample k of the run is row k of the blended data set; each micro-step takes
+the next micro_batch_size x data_size samples, and process r of the data axis the r-th part of them.
+The whole state is therefore one integer, the number of samples consumed by all processes.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaphi.config import Recipe
+from megaphi.data.blend import build_dataset, parse_blend
+from megaphi.data.sidecar import TokenFileInfo, read_info
+from megaphi.errors import RunError
+
+
+class Dataset(Protocol):
+    """Samples by number: int64 arrays of sequence_length + 1 token ids."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass of one process."""
+
+    tokens_bt: Tensor
+    """Inputs, int64, on the device."""
+    labels_bt: Tensor
+    """Next tokens, int64, on the device."""
+    first_sample: int
+    """Number of the first row among all samples of the run; rows are consecutive."""
+
+
+def read_samples(dataset: Dataset, first: int, count: int, vocab_size: int) -> np.ndarray:
+    """Stack samples first … first + count - 1, int64 [count, sequence_length + 1].
+
+    Raises:
+        RunError: a token id is outside the model's vocabulary.
+    """
+    samples = np.stack([dataset[index] for index in range(first, first + count)])
+    lowest, highest = int(samples.min()), int(samples.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise RunError(
+            f"samples {first} to {first + count - 1} hold token id "
+            f"{lowest if lowest < 0 else highest}, outside the model's vocabulary of {vocab_size}; "
+            "were these token files made with another tokenizer?"
+        )
+    return samples
+
+
+def to_micro_batch(samples: np.ndarray, first: int, device: torch.device) -> MicroBatch:
+    """Cut inputs and labels out of samples and bring them to the device."""
+    tensor = torch.from_numpy(samples)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return MicroBatch(tensor[:, :-1], tensor[:, 1:], first)
+
+
+class Loader:
+    """Endless micro-batches of one process, starting after `consumed_samples`.
+
+    `dataset_of_pass(p)` gives the data set of pass p over the plan of `planned_samples` samples;
+    a run that is longer than its plan goes on with another order.
+
+    Raises (from `next`):
+        RunError: a token id is outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        dataset_of_pass: Callable[[int], Dataset],
+        *,
+        planned_samples: int,
+        consumed_samples: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        vocab_size: int,
+        device: torch.device,
+        prefetch: int,
+    ) -> None:
+        self._dataset_of_pass = dataset_of_pass
+        self._planned_samples = planned_samples
+        self._micro_batch_size = micro_batch_size
+        self._data_rank = data_rank
+        self._data_size = data_size
+        self._vocab_size = vocab_size
+        self._device = device
+        self._queue: queue.Queue[MicroBatch | Exception] = queue.Queue(maxsize=max(1, prefetch))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._read_ahead, args=(consumed_samples,), name="megaphi-loader", daemon=True
+        )
+        self._thread.start()
+
+    def _micro_batches(self, consumed: int) -> Iterator[MicroBatch]:
+        """This process's micro-batches, from sample `consumed` on."""
+        current, dataset = -1, None
+        while True:
+            first = consumed + self._data_rank * self._micro_batch_size
+            rows = []
+            for sample in range(first, first + self._micro_batch_size):
+                number, index = divmod(sample, self._planned_samples)
+                if dataset is None or number != current:
+                    current, dataset = number, self._dataset_of_pass(number)
+                rows.append(read_samples(dataset, index, 1, self._vocab_size))
+            yield to_micro_batch(np.concatenate(rows), first, self._device)
+            consumed += self._micro_batch_size * self._data_size
+
+    def _read_ahead(self, consumed: int) -> None:
+        """Fill the queue until closed; an error is handed to the consumer."""
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            for batch in self._micro_batches(consumed):
+                if not self._put(batch):
+                    return
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, item: "MicroBatch | Exception") -> bool:
+        """Queue an item; False once the loader is closed."""
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> MicroBatch:
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._closed.set()
+        self._thread.join()
+
+
+def train_dataset(recipe: Recipe, number: int) -> Dataset:
+    """The training samples of pass `number`, in Megatron's order for train.seed + number."""
+    return build_dataset(
+        recipe.data.train,
+        split=recipe.data.split,
+        which="train",
+        num_samples=recipe.planned_samples,
+        sequence_length=recipe.data.sequence_length,
+        seed=recipe.train.seed + number,
+    )
+
+
+def validation_dataset(recipe: Recipe) -> Dataset | None:
+    """The held-out samples, one epoch; None where the recipe names none."""
+    if recipe.data.validation is None and recipe.data.split is None:
+        return None
+    value = recipe.data.validation or recipe.data.train
+    weighted = any(weight is not None for weight, _ in parse_blend(value))
+    wanted = recipe.train.evaluation_batches * recipe.train.global_batch_size
+    return build_dataset(
+        value,
+        split=recipe.data.split,
+        which="valid",
+        # one epoch at most, so that no sample counts twice; a weighted blend needs a size
+        num_samples=wanted if weighted else None,
+        sequence_length=recipe.data.sequence_length,
+        seed=recipe.train.seed,
+    )
+
+
+def token_file_prefixes(recipe: Recipe) -> list[str]:
+    """Every token file that the recipe names, training first."""
+    values = [recipe.data.train]
+    if recipe.data.validation is not None:
+        values.append(recipe.data.validation)
+    return [prefix for value in values for _, prefix in parse_blend(value)]
+
+
+def check_token_files(recipe: Recipe) -> dict[str, TokenFileInfo]:
+    """Compare what stands beside the token files with the model and with each other.
+
+    Returns:
+        The sidecar of each prefix that has one (files written by Megatron have none).
+
+    Raises:
+        ValueError: a vocabulary does not fit the model, or the tokenizers differ.
+    """
+    infos = {}
+    for prefix in token_file_prefixes(recipe):
+        info = read_info(Path(prefix))
+        if info is None:
+            continue
+        if info.vocab_size > recipe.model.vocab_size:
+            raise ValueError(
+                f"{prefix}: its tokenizer {info.tokenizer} has {info.vocab_size} ids, "
+                f"model.vocab_size is {recipe.model.vocab_size}; set --model.vocab_size to at "
+                f"least {info.vocab_size}"
+            )
+        for other, known in infos.items():
+            if known.tokenizer_sha256 != info.tokenizer_sha256:
+                raise ValueError(
+                    f"{prefix} and {other} were made with different tokenizers "
+                    f"({info.tokenizer}, {known.tokenizer}); tokenize them alike"
+                )
+        infos[prefix] = info
+    return infos

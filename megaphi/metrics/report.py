@@ -1,0 +1,81 @@
+"""Turns what a step left on the device into a row of metrics, and watches over it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megaphi.config import Recipe
+from megaphi.errors import RunError
+from megaphi.metrics.flops import flops_per_token, peak_flops
+from megaphi.metrics.logger import RunLogger
+from megaphi.metrics.meter import Later, StepTimer, device_name, peak_memory_gib
+from megaphi.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One step's metrics while its numbers are still on the device."""
+
+    step: int
+    learning_rate: float
+    data_seconds: float
+    numbers: Later
+    """Loss, gradient norm, 1 if the step counted, number of processes asked to stop."""
+
+
+class Reporter:
+    """Reads each step one step late, on every process alike; main also writes it down."""
+
+    def __init__(self, recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> None:
+        self.nonfinite_in_a_row = 0
+        self.timer = StepTimer(mesh.device)
+        self._recipe = recipe
+        self._mesh = mesh
+        self._flops = flops_per_token(recipe.model, recipe.data.sequence_length)
+        self._peak = peak_flops(device_name(mesh.device), dtype)
+        self._smoothed_seconds: float | None = None
+
+    def report(self, metrics: StepMetrics | None, logger: RunLogger | None) -> bool:
+        """Write a step's row; return whether any process was asked to stop.
+
+        Raises:
+            RunError: too many steps in a row were not finite.
+        """
+        if metrics is None:
+            return False
+        loss, norm, counted, asked = metrics.numbers.values()
+        seconds = self.timer.seconds()
+        if logger is not None:
+            logger.step(self._row(metrics, loss, norm, seconds))
+        self.nonfinite_in_a_row = 0 if counted else self.nonfinite_in_a_row + 1
+        if self.nonfinite_in_a_row >= self._recipe.train.max_nonfinite_steps:
+            raise RunError(
+                f"step {metrics.step}: the gradient was not finite for "
+                f"{self.nonfinite_in_a_row} steps in a row (train.max_nonfinite_steps); the last "
+                "checkpoint is from before or has the weights unchanged. Lower "
+                "optimizer.learning_rate, or look at the samples of these steps"
+            )
+        return asked > 0
+
+    def _row(
+        self, metrics: StepMetrics, loss: float, norm: float, seconds: float
+    ) -> dict[str, float | int | None]:
+        """One object of metrics.jsonl."""
+        recipe, step = self._recipe, metrics.step
+        tokens = recipe.train.global_batch_size * recipe.data.sequence_length
+        rate = tokens / seconds / self._mesh.data_size
+        old = self._smoothed_seconds
+        self._smoothed_seconds = seconds if old is None else 0.9 * old + 0.1 * seconds
+        return {
+            "step": step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": metrics.learning_rate,
+            "consumed_samples": step * recipe.train.global_batch_size,
+            "tokens_per_second_per_gpu": rate,
+            "mfu": None if self._peak is None else rate * self._flops / self._peak,
+            "seconds": seconds,
+            "data_wait": metrics.data_seconds / seconds,
+            "memory_gib": peak_memory_gib(self._mesh.device),
+            "eta_seconds": (recipe.train.steps - step) * self._smoothed_seconds,
+        }

@@ -1,0 +1,92 @@
+"""AdamW over sharded parameters, with clipping and the skipping of non-finite steps on the device.
+
+The host never looks at a gradient: norm, clip factor and the decision to skip are tensors.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import kernels
+from megaphi.config import Optimizer
+from megaphi.parallel.mesh import Mesh
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class AdamW:
+    """AdamW (arXiv 1711.05101) with decoupled weight decay of matrices only.
+
+    State is kept by parameter name, in fp32, sharded as the parameters are: `first_moments`,
+    `second_moments`, and `updates`, the device-side count of steps that were not skipped.
+    """
+
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimizer, mesh: Mesh
+    ) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.parameters = dict(named_parameters)
+        self.first_moments = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        self.second_moments = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        self.updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Clip the gradients, update the parameters in place, and drop the gradients.
+
+        A non-finite gradient norm changes nothing: neither parameters, moments nor the count.
+
+        Returns:
+            The gradient norm before clipping (fp32 scalar) and whether the step counted (bool
+            scalar), both on the device and equal on every process.
+        """
+        norm = self.gradient_norm()
+        finite = torch.isfinite(norm)
+        clip = self.config.gradient_clip
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
+        self.updates += finite
+        # the count is at least 1 where it is used, also while every step so far was skipped
+        count = self.updates.clamp(min=1.0)
+        for decays in (True, False):
+            names = [n for n, p in self.parameters.items() if (p.dim() > 1) is decays]
+            kernels.adamw_step_(
+                [local(self.parameters[name]) for name in names],
+                [local(self.gradient(name)) for name in names],
+                [local(self.first_moments[name]) for name in names],
+                [local(self.second_moments[name]) for name in names],
+                count,
+                finite,
+                scale,
+                learning_rate=learning_rate,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
+                epsilon=self.config.epsilon,
+                weight_decay=self.config.weight_decay if decays else 0.0,
+            )
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return norm, finite
+
+    def gradient(self, name: str) -> Tensor:
+        """The gradient of one parameter."""
+        gradient = self.parameters[name].grad
+        assert gradient is not None, f"{name} has no gradient"
+        return gradient
+
+    def gradient_norm(self) -> Tensor:
+        """Global L2 norm of the gradients over all processes, fp32 scalar on the device."""
+        squares = kernels.sum_of_squares([local(self.gradient(name)) for name in self.parameters])
+        return self.mesh.sum_(squares).sqrt()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The moments under the names they have in a checkpoint."""
+        return {
+            **{f"optimizer.first_moment.{n}": t for n, t in self.first_moments.items()},
+            **{f"optimizer.second_moment.{n}": t for n, t in self.second_moments.items()},
+        }

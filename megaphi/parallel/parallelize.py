@@ -1,0 +1,45 @@
+"""The one place, and the one order, in which the model is wrapped for several processes."""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from megaphi.config import Parallel
+from megaphi.model.phi import Phi
+from megaphi.parallel.mesh import Mesh
+
+
+def parallelize(model: Phi, mesh: Mesh, parallel: Parallel, compute_dtype: torch.dtype) -> None:
+    """Shard a model over the data axis with FSDP2, in place.
+
+    Parameters become fp32 DTensors; each process holds 1 / data_size of every one. Weights are
+    gathered in `compute_dtype`, gradients are summed (not averaged: the loss already carries the
+    global batch size) in fp32. Without `reshard_after_forward` the gathered weights stay until the
+    backward pass has used them (ZeRO-2 traffic).
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype,
+        reduce_dtype=torch.float32,
+        # the model decides by itself what stays in fp32 (the rotary tables)
+        cast_forward_inputs=False,
+    )
+    for module in (model.embedding, *model.blocks, model.head, model):
+        fully_shard(
+            module,
+            mesh=mesh.data,
+            mp_policy=policy,
+            reshard_after_forward=parallel.reshard_after_forward,
+        )
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that gather and free their weights as one."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def release_gathered_weights(model: nn.Module) -> None:
+    """Free weights that a forward pass without a backward pass has left gathered."""
+    for module in sharded_modules(model):
+        module.reshard()

@@ -1,0 +1,36 @@
+"""Entry point of training: `torchrun … -m megaphi.train RECIPE.yaml --section.key=value …`.
+
+With one process no launcher is needed: `python -m megaphi.train` or `megaphi train`.
+"""
+
+import sys
+
+from megaphi.config import load_recipe
+from megaphi.errors import EXIT_OK, run_main
+
+
+def run(argv: list[str]) -> int:
+    """Train the recipe that `argv` describes.
+
+    Raises:
+        ValueError: the recipe or what it names does not fit.
+        RunError: the run failed.
+        Preempted: the run was asked to stop and has saved a checkpoint.
+    """
+    recipe = load_recipe(argv)
+    # torch takes seconds to import; a wrong recipe should not
+    from megaphi.parallel.mesh import processes
+    from megaphi.trainer import Trainer
+
+    with processes() as mesh:
+        Trainer(recipe, mesh).run()
+    return EXIT_OK
+
+
+def main() -> int:
+    """Run the command line's recipe and return the exit status."""
+    return run_main(run, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""The training run: what it is built from, in order, and the loop over steps."""
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import DropoutSeed
+from megaphi.checkpoint.manager import CheckpointManager
+from megaphi.checkpoint.manifest import write_durably
+from megaphi.checkpoint.resume import (
+    changes,
+    check_same_model,
+    check_same_order,
+    data_order,
+    environment,
+)
+from megaphi.config import Recipe
+from megaphi.data.loader import (
+    Dataset,
+    Loader,
+    check_token_files,
+    read_samples,
+    to_micro_batch,
+    token_file_prefixes,
+    train_dataset,
+    validation_dataset,
+)
+from megaphi.errors import Preempted
+from megaphi.metrics.logger import RunLogger, format_count
+from megaphi.metrics.meter import Later, device_name
+from megaphi.metrics.report import Reporter, StepMetrics
+from megaphi.model.init import initialize
+from megaphi.model.phi import Phi, num_parameters
+from megaphi.optim.adamw import AdamW
+from megaphi.optim.schedule import learning_rate
+from megaphi.parallel.mesh import Mesh
+from megaphi.parallel.parallelize import parallelize, release_gathered_weights
+from megaphi.precision.policy import compute_dtype
+from megaphi.resilience import StopRequest
+
+
+class Trainer:
+    """One process's part of a training run.
+
+    Raises (from the constructor and `run`):
+        ValueError: the recipe and its data, checkpoint or processes do not fit together.
+        RunError: the run failed; CheckpointError where a checkpoint is the cause.
+        Preempted: a signal asked the run to stop, and it has saved.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+        self.recipe = recipe
+        self.mesh = mesh
+        self.run_dir = Path(recipe.train.run_dir)
+        self.num_micro_batches = recipe.micro_batches(mesh.data_size)
+        self.tokens_per_step = recipe.train.global_batch_size * recipe.data.sequence_length
+        self.dtype = compute_dtype(recipe.precision, mesh.device)
+
+        # data first: what does not fit ends the run before anything large is made
+        self.token_files = check_token_files(recipe)
+        self.first_pass = train_dataset(recipe, 0)
+        self.validation = validation_dataset(recipe)
+        self.num_validation_batches = self.count_validation_batches()
+        self.checkpoints = CheckpointManager(recipe, mesh)
+        self.stop = StopRequest()
+
+        with torch.device("meta"):
+            self.model = Phi(recipe.model)
+        parallelize(self.model, mesh, recipe.parallel, self.dtype)
+        self.model.to_empty(device=mesh.device)
+        self.optimizer = AdamW(self.model.named_parameters(), recipe.optimizer, mesh)
+        self.reporter = Reporter(recipe, mesh, self.dtype)
+        self.step_number = 0
+        self.resume_or_start()
+
+    def run(self) -> None:
+        """Train to the last step, evaluating, saving and reporting on the way."""
+        recipe = self.recipe
+        self.describe()
+        if self.step_number >= recipe.train.steps:
+            self.say(f"nothing to do: step {self.step_number} of {recipe.train.steps} is done")
+            return
+        loader = Loader(
+            self.dataset_of_pass,
+            planned_samples=recipe.planned_samples,
+            consumed_samples=self.step_number * recipe.train.global_batch_size,
+            micro_batch_size=recipe.train.micro_batch_size,
+            data_rank=self.mesh.data_rank,
+            data_size=self.mesh.data_size,
+            vocab_size=recipe.model.vocab_size,
+            device=self.mesh.device,
+            prefetch=recipe.data.prefetch_batches,
+        )
+        main = self.mesh.is_main
+        logger = RunLogger(recipe, self.run_dir, self.step_number) if main else None
+        try:
+            self.loop(loader, logger)
+        finally:
+            loader.close()
+            if logger is not None:
+                logger.close()
+
+    def loop(self, loader: Loader, logger: RunLogger | None) -> None:
+        """Steps, each reported while the next one runs: the device never waits for the host."""
+        recipe = self.recipe
+        pending: StepMetrics | None = None
+        while self.step_number < recipe.train.steps:
+            metrics = self.train_step(loader)
+            stop = self.reporter.report(pending, logger)
+            pending = metrics
+            last = self.step_number == recipe.train.steps
+            save = last or self.step_number % recipe.checkpoint.interval == 0
+            evaluate = self.num_validation_batches > 0 and (
+                last or self.step_number % recipe.train.evaluation_interval == 0
+            )
+            if save or evaluate or stop:
+                stop = self.reporter.report(pending, logger) or stop
+                pending = None
+            if evaluate:
+                loss = self.evaluate()
+                if logger is not None:
+                    logger.evaluation(self.step_number, loss)
+            if save or stop:
+                self.save()
+            if stop and not last:
+                raise Preempted(
+                    f"stopped on request and saved at step {self.step_number}; run me again"
+                )
+
+    def train_step(self, loader: Loader) -> StepMetrics:
+        """One optimizer step: forward, backward, clip, update. Nothing waits for the device."""
+        recipe, step = self.recipe, self.step_number + 1
+        self.reporter.timer.start()
+        loss = torch.zeros((), device=self.mesh.device)
+        data_seconds = 0.0
+        for micro_batch in range(self.num_micro_batches):
+            waiting_since = time.perf_counter()
+            batch = next(loader)
+            data_seconds += time.perf_counter() - waiting_since
+            # gradients travel between processes once a step, with the last micro-batch
+            self.model.set_requires_gradient_sync(micro_batch == self.num_micro_batches - 1)
+            dropout = self.dropout_seed(step, batch.first_sample)
+            batch_loss = self.model(batch.tokens_bt, batch.labels_bt, dropout=dropout)
+            batch_loss = batch_loss / self.tokens_per_step
+            batch_loss.backward()
+            loss += batch_loss.detach()
+        rate = learning_rate(recipe, step)
+        norm, counted = self.optimizer.step(rate)
+        stop_asked = torch.full_like(loss, float(self.stop.requested))
+        loss, stop_asked = self.mesh.sum_(torch.stack((loss, stop_asked)))
+        self.step_number = step
+        self.reporter.timer.stop()
+        numbers = Later(torch.stack((loss, norm, counted.float(), stop_asked)))
+        return StepMetrics(step, rate, data_seconds, numbers)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss per token over the held-out samples, without dropout."""
+        assert self.validation is not None
+        size = self.recipe.train.micro_batch_size
+        total = torch.zeros((), device=self.mesh.device)
+        for batch in range(self.num_validation_batches):
+            first = (batch * self.mesh.data_size + self.mesh.data_rank) * size
+            samples = read_samples(self.validation, first, size, self.recipe.model.vocab_size)
+            micro_batch = to_micro_batch(samples, first, self.mesh.device)
+            total += self.model(micro_batch.tokens_bt, micro_batch.labels_bt)
+        release_gathered_weights(self.model)
+        rows = self.num_validation_batches * self.mesh.data_size * size
+        return float(self.mesh.sum_(total)) / (rows * self.recipe.data.sequence_length)
+
+    def save(self) -> None:
+        """Publish a checkpoint of the present step."""
+        state = {
+            "step": self.step_number,
+            "consumed_samples": self.step_number * self.recipe.train.global_batch_size,
+            "optimizer_updates": int(self.optimizer.updates.item()),
+            "nonfinite_in_a_row": self.reporter.nonfinite_in_a_row,
+            "data_order": data_order(self.recipe, self.token_files),
+            "environment": environment(self.mesh, self.dtype),
+        }
+        self.checkpoints.save(self.step_number, self.state_tensors(), state)
+
+    def resume_or_start(self) -> None:
+        """Load the newest verified checkpoint, or fill in the weights of a new run."""
+        recipe = self.recipe
+        found = self.checkpoints.find()
+        if found is None:
+            self.start()
+        else:
+            check_same_model(recipe.model, found)
+            state = self.checkpoints.load(found, self.state_tensors())
+            check_same_order(state["data_order"], data_order(recipe, self.token_files), found)
+            self.step_number = state["step"]
+            self.reporter.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+            self.optimizer.updates.fill_(state["optimizer_updates"])
+            self.say(f"resuming from {found}")
+            drift = changes(state["environment"], environment(self.mesh, self.dtype))
+            if drift:
+                self.say(f"not bitwise the same as before: {', '.join(drift)}")
+        if self.mesh.is_main:
+            write_durably(self.run_dir / "config.yaml", recipe.to_yaml())
+            tokenizer = Path(f"{token_file_prefixes(recipe)[0]}.tokenizer")
+            if tokenizer.is_dir() and not (self.run_dir / "tokenizer").exists():
+                shutil.copytree(tokenizer, self.run_dir / "tokenizer")
+
+    def start(self) -> None:
+        """Give a new run its weights: drawn from the seed, or those of another model."""
+        recipe = self.recipe
+        if recipe.checkpoint.initialize_from is None:
+            initialize(self.model, recipe.model, recipe.train.seed)
+            return
+        from megaphi.checkpoint.weights import load_weights_into
+
+        source = Path(recipe.checkpoint.initialize_from)
+        self.say(f"new run from the weights of {load_weights_into(self.model, source)}")
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Model and optimizer tensors under their checkpoint names."""
+        weights = {f"model.{name}": p.detach() for name, p in self.optimizer.parameters.items()}
+        return {**weights, **self.optimizer.state_tensors()}
+
+    def dropout_seed(self, step: int, first_sample: int) -> DropoutSeed:
+        """Where a micro-batch of a step stands in the run's random numbers.
+
+        Fused attention kernels draw from the device's generator instead; it is seeded alike.
+        """
+        first_of_step = (step - 1) * self.recipe.train.global_batch_size
+        dropout = DropoutSeed(
+            seed=self.recipe.train.seed,
+            step=step,
+            first_token=(first_sample - first_of_step) * self.recipe.data.sequence_length,
+        )
+        if self.recipe.model.attention_dropout > 0 and self.mesh.device.type == "cuda":
+            torch.cuda.manual_seed(hash((dropout.seed, dropout.step, dropout.first_token)))
+        return dropout
+
+    def dataset_of_pass(self, number: int) -> Dataset:
+        """Training samples of pass `number` over the plan."""
+        return self.first_pass if number == 0 else train_dataset(self.recipe, number)
+
+    def count_validation_batches(self) -> int:
+        """Micro-batches of an evaluation on each process; 0 without validation data.
+
+        Raises:
+            ValueError: the validation data does not fill one micro-batch of every process.
+        """
+        if self.validation is None:
+            return 0
+        wanted = self.recipe.train.evaluation_batches * self.recipe.train.global_batch_size
+        per_round = self.recipe.train.micro_batch_size * self.mesh.data_size
+        count = min(len(self.validation), wanted) // per_round
+        if count == 0:
+            raise ValueError(
+                f"the validation data has {len(self.validation)} samples of "
+                f"{self.recipe.data.sequence_length} tokens; one pass needs {per_round} "
+                "(train.micro_batch_size x processes). Give it more data or lower the batch"
+            )
+        return count
+
+    def describe(self) -> None:
+        """Print what is about to run."""
+        recipe = self.recipe
+        self.say("recipe:\n" + "".join(f"  {line}\n" for line in recipe.to_yaml().splitlines()))
+        self.say(
+            f"{format_count(num_parameters(recipe.model))} parameters, "
+            f"{self.mesh.data_size} process(es) on {device_name(self.mesh.device)}, "
+            f"{str(self.dtype).removeprefix('torch.')}, "
+            f"{self.num_micro_batches} micro-batch(es) a step, "
+            f"{format_count(self.tokens_per_step)} tokens a step"
+        )
+
+    def say(self, message: str) -> None:
+        """Print a line for people, once."""
+        if self.mesh.is_main:
+            print(message, flush=True)
