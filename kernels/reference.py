@@ -7,6 +7,7 @@ head, v vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +178,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         x_nd: Tensor,
         weight_vd: Tensor,
         bias_v: Tensor,
@@ -215,7 +216,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor
+        ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Scale the gradients that the forward pass made."""
         scaled = (gradient * grad_loss.to(gradient.dtype) for gradient in ctx.saved_tensors)
@@ -238,7 +239,9 @@ def linear_cross_entropy(
         fp32 scalar, the sum of -log softmax(x W^T + b)[label] over the rows. Gradients of the
         weight add up in fp32 over the chunks.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x_nd, weight_vd, bias_v, labels_n, chunk_rows)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x_nd, weight_vd, bias_v, labels_n, chunk_rows
+    )
     return loss
 
 

@@ -192,7 +192,7 @@ class Data:
     validation: str | list[str | float] | None = None
     """Token files for evaluation, in the form of `train`; excludes `split`."""
     split: str | None = None
-    """Megatron's split by position, "969,30,1": shares of `train` for training, validation, test."""
+    """Megatron's split by position, "969,30,1": shares of `train` to train, validate and test."""
     sequence_length: int = 2048
     """Tokens of a sample."""
     planned_samples: int | None = None
@@ -337,7 +337,7 @@ class Recipe:
 
 
 def recipe_keys() -> list[str]:
-    """Every dotted key of a recipe, in order: `train.run_dir`, `train.steps`, …"""
+    """Every dotted key of a recipe in order, from `train.run_dir` on."""
     return [
         f"{section.name}.{key.name}"
         for section in dataclasses.fields(Recipe)

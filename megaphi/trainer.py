@@ -16,6 +16,7 @@ from megaphi.checkpoint.resume import (
     check_same_order,
     data_order,
     environment,
+    load_weights_into,
 )
 from megaphi.config import Recipe
 from megaphi.data.loader import (
@@ -37,7 +38,7 @@ from megaphi.model.phi import Phi, num_parameters
 from megaphi.optim.adamw import AdamW
 from megaphi.optim.schedule import learning_rate
 from megaphi.parallel.mesh import Mesh
-from megaphi.parallel.parallelize import parallelize, release_gathered_weights
+from megaphi.parallel.parallelize import parallelize, release_gathered_weights, send_gradients
 from megaphi.precision.policy import compute_dtype
 from megaphi.resilience import StopRequest
 
@@ -141,7 +142,7 @@ class Trainer:
             batch = next(loader)
             data_seconds += time.perf_counter() - waiting_since
             # gradients travel between processes once a step, with the last micro-batch
-            self.model.set_requires_gradient_sync(micro_batch == self.num_micro_batches - 1)
+            send_gradients(self.model, micro_batch == self.num_micro_batches - 1)
             dropout = self.dropout_seed(step, batch.first_sample)
             batch_loss = self.model(batch.tokens_bt, batch.labels_bt, dropout=dropout)
             batch_loss = batch_loss / self.tokens_per_step
@@ -162,11 +163,11 @@ class Trainer:
         assert self.validation is not None
         size = self.recipe.train.micro_batch_size
         total = torch.zeros((), device=self.mesh.device)
-        for batch in range(self.num_validation_batches):
-            first = (batch * self.mesh.data_size + self.mesh.data_rank) * size
+        for number in range(self.num_validation_batches):
+            first = (number * self.mesh.data_size + self.mesh.data_rank) * size
             samples = read_samples(self.validation, first, size, self.recipe.model.vocab_size)
-            micro_batch = to_micro_batch(samples, first, self.mesh.device)
-            total += self.model(micro_batch.tokens_bt, micro_batch.labels_bt)
+            batch = to_micro_batch(samples, first, self.mesh.device)
+            total += self.model(batch.tokens_bt, batch.labels_bt)
         release_gathered_weights(self.model)
         rows = self.num_validation_batches * self.mesh.data_size * size
         return float(self.mesh.sum_(total)) / (rows * self.recipe.data.sequence_length)
@@ -212,10 +213,8 @@ class Trainer:
         if recipe.checkpoint.initialize_from is None:
             initialize(self.model, recipe.model, recipe.train.seed)
             return
-        from megaphi.checkpoint.weights import load_weights_into
-
-        source = Path(recipe.checkpoint.initialize_from)
-        self.say(f"new run from the weights of {load_weights_into(self.model, source)}")
+        source = load_weights_into(self.model, recipe.model, recipe.checkpoint.initialize_from)
+        self.say(f"new run from the weights of {source}")
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Model and optimizer tensors under their checkpoint names."""

@@ -172,6 +172,12 @@ def _write_part(
     return list(tensors)
 
 
+def require_free(final: Path) -> None:
+    """Raise a `ValueError` if a name is taken by anything but an empty directory."""
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ValueError(f"{final}: already exists; name a new or an empty directory")
+
+
 @contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
     """Context of a directory that appears under its final name only when the block succeeds.
@@ -182,8 +188,7 @@ def new_directory(final: Path) -> Iterator[Path]:
     Raises:
         ValueError: the final name is taken by anything but an empty directory.
     """
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ValueError(f"{final}: already exists; name a new or an empty directory")
+    require_free(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     temporary.mkdir()
@@ -204,7 +209,9 @@ def parse_size(text: str) -> int:
     """
     units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
     lowered = text.strip().lower()
-    unit = next((unit for unit in sorted(units, key=len, reverse=True) if lowered.endswith(unit)), "")
+    unit = next(
+        (unit for unit in sorted(units, key=len, reverse=True) if lowered.endswith(unit)), ""
+    )
     number = lowered.removesuffix(unit).strip()
     try:
         size = float(number) * units.get(unit, 1)

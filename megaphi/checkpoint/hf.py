@@ -12,30 +12,18 @@ A directory is only read here: config.json as JSON, tensors as safetensors. Noth
 unpickled or handed to transformers, and what we cannot represent exactly is refused.
 """
 
-import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaphi.checkpoint.files import StoredTensor, read_header, read_json_object
+from megaphi.checkpoint.hf_config import read_config
 from megaphi.config import Model
 from megaphi.model.phi import parameter_shapes
 
-END_OF_TEXT = "<|endoftext|>"
-CODEGEN_END_OF_TEXT_ID = 50256
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 _INDEX_NAME = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # a table that follows from the configuration; old files carry it
@@ -127,7 +115,7 @@ def from_sources(name: str, tensors: list[Tensor], config: Model, layout: _Layou
     rest = tensors[0].shape[1:]
     shape = (config.num_heads, config.head_size, *rest)
     if len(layout.qkv) == 3:
-        parts = torch.stack([tensor.reshape(shape) for tensor in tensors], dim=1)
+        parts = torch.stack([tensor.reshape(shape) for tensor in tensors], dim=0)
     else:
         parts = tensors[0].reshape(3, *shape).transpose(0, 1)
     return parts.reshape(3 * config.hidden_size, *rest)
@@ -184,9 +172,10 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
             sources = source_names(name, config, layout)
             share = (shape[0] // len(sources), *shape[1:])
             expected.update(dict.fromkeys(sources, share))
+        unknown = self._stored.keys() - expected.keys()
         for problem, names in (
             ("missing", sorted(expected.keys() - self._stored.keys())),
-            ("not part of a phi model of this shape", sorted(self._stored.keys() - expected.keys())),
+            ("that are no part of this model", sorted(unknown)),
         ):
             if names:
                 shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" * (len(names) > 4))
@@ -259,111 +248,3 @@ def _tensor_files(directory: Path) -> list[Path]:
         if not path.is_file():
             raise ValueError(f"{path}: missing, though {_INDEX_NAME} names it")
     return paths
-
-
-def find_tokenizer(source: Path) -> Path | None:
-    """The directory with the tokenizer.json that belongs to a model, if there is one.
-
-    It is looked for in a checkpoint's `tokenizer/`, in that of its run, and in a Hugging Face
-    directory itself.
-    """
-    candidates = [source / "tokenizer", source]
-    if source.name.startswith("step-"):
-        candidates.append(source.parent / "tokenizer")
-    return next((path for path in candidates if (path / "tokenizer.json").is_file()), None)
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files of a directory, and nothing else; return their names."""
-    target.mkdir(exist_ok=True)
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
-
-
-def end_of_text_id(tokenizer_dir: Path | None, vocab_size: int) -> int | None:
-    """Id of the token between documents.
-
-    It is what the tokenizer calls its `eos_token` (`<|endoftext|>` if it does not say). Without a
-    tokenizer it is CodeGen's, where the vocabulary is large enough.
-
-    Raises:
-        ValueError: the tokenizer's files are not readable, or its token is outside `vocab_size`.
-    """
-    if tokenizer_dir is None:
-        return CODEGEN_END_OF_TEXT_ID if vocab_size > CODEGEN_END_OF_TEXT_ID else None
-    tokenizer = read_json_object(tokenizer_dir / "tokenizer.json")
-    token: Any = None
-    if (tokenizer_dir / "tokenizer_config.json").is_file():
-        token = read_json_object(tokenizer_dir / "tokenizer_config.json").get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    token = token if isinstance(token, str) else END_OF_TEXT
-    added = tokenizer.get("added_tokens") or []
-    ids = {entry["content"]: entry["id"] for entry in added}
-    identity = ids.get(token, tokenizer.get("model", {}).get("vocab", {}).get(token))
-    if identity is not None and not 0 <= identity < vocab_size:
-        raise ValueError(
-            f"{tokenizer_dir}: its {token} is id {identity}, the model has {vocab_size} ids"
-        )
-    return identity
-
-
-def read_config(directory: Path) -> Model:
-    """Read config.json of a Hugging Face directory as our model configuration.
-
-    Raises:
-        ValueError: one line about what is missing, malformed or not supported.
-    """
-    path = directory / "config.json"
-    values = read_json_object(path)
-    for name in ("config.json", "tokenizer_config.json"):
-        if (directory / name).is_file() and "auto_map" in read_json_object(directory / name):
-            raise ValueError(
-                f"{directory / name}: auto_map asks for custom code, which is never run; remove "
-                "the key if the weights are a plain phi model's"
-            )
-    return model_from_config(values, path)
-
-
-def model_from_config(values: Mapping[str, Any], path: Path) -> Model:
-    """Translate a `phi` or `mixformer-sequential` configuration; `path` is for messages."""
-    reader = _ConfigReader(values, path)
-    model_type = values.get("model_type")
-    if model_type not in ("phi", "mixformer-sequential"):
-        raise ValueError(f"{path}: model_type is {model_type!r}, only phi models are read")
-    reader.refuse_unless("tie_word_embeddings", (False, None), "tied embeddings")
-    reader.refuse_unless("qk_layernorm", (False, None), "LayerNorm of queries and keys")
-    if model_type == "phi":
-        return _phi_config(reader)
-    return _mixformer_config(reader)
-
-
-class _ConfigReader:
-    """Typed access to config.json; every error names the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
-        self.values = values
-        self.path = path
-
-    def integer(self, key: str, default: int | None) -> int:
-        """A whole number from 1 to 2^31 - 1; null counts as absent."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value < 2**31:
-            raise ValueError(f"{self.path}: {key} is {str(value)[:40]}, not a size")
-        return value
-
-    def number(self, key: str, default: float, values: Mapping[str, Any] | None = None) -> float:
-        """A finite number; null counts as absent."""
-        value = (self.values if values is None else values).get(key)
-        value = default if value is None else value
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{self.path}: {key} is {str(value)[:40]}, not a number")
-        return float(value)
-
-    def refuse_unless(self, key: str, allowed: tuple[Any, ...], what: str) -> None:
-        """Refuse a value that stands for something our model does not have."""
-        value = self.values.get(key)
-        if value not in allowed:
-            raise ValueError(f"{self.path}: {what} ({key}={str(value)[:40]}) is not supported")

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +49,7 @@ MAX_FILE_BYTES = 1 << 30
 class _HashingStream:
     """A binary file that hashes what is written to it."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: Any) -> None:
         self._file = file
         self._digest = hashlib.sha256()
         self._size = 0
@@ -57,7 +58,7 @@ class _HashingStream:
         """Write and hash a block."""
         self._digest.update(block)
         self._size += len(block)
-        return self._file.write(block)
+        return int(self._file.write(block))
 
     def result(self) -> FileDigest:
         """Size and SHA-256 of all that was written."""
@@ -256,7 +257,7 @@ class CheckpointManager:
             problem = self._verify(path)
             if problem is None:
                 return path
-            aside = self._on_main(lambda path=path: str(_set_aside(path)))
+            aside = self._on_main(partial(_set_aside, path))
             if self.mesh.is_main:
                 message = f"megaphi: damaged checkpoint: {problem}; set aside as {aside}"
                 print(message, file=sys.stderr, flush=True)

@@ -1,16 +1,18 @@
 """What a checkpoint and a run must agree in before one continues the other."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from megaphi.checkpoint.weights import open_weights, read_model_config, resolve_model
 from megaphi.config import Model, Recipe
 from megaphi.data.loader import token_file_prefixes
 from megaphi.data.sidecar import TokenFileInfo
 from megaphi.metrics.meter import device_name
+from megaphi.model.init import assign
 from megaphi.parallel.mesh import Mesh
 
 # What changes a model's training but not its weights' shape or meaning.
@@ -23,7 +25,7 @@ def data_order(recipe: Recipe, infos: dict[str, TokenFileInfo]) -> dict[str, Any
     Token files are known by content (digest of the index; of the tokens where a sidecar has it,
     else their size), so that they may move but not change.
     """
-    files = []
+    files: list[list[str | int]] = []
     for prefix in token_file_prefixes(recipe):
         info = infos.get(prefix)
         if info is not None:
@@ -67,14 +69,45 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def check_same_model(model: Model, directory: Path) -> None:
     """Raise a `ValueError` unless a checkpoint's model has the recipe's shape."""
-    saved = json.loads((directory / "model.json").read_text(encoding="utf-8"))
-    own = {key: value for key, value in vars(model).items() if key not in _FREE_MODEL_KEYS}
-    different = changes(saved, {**own, "intermediate_size": model.intermediate_size})
+    _check_shape(read_model_config(directory), model, directory)
+
+
+def _check_shape(saved: Model, own: Model, directory: Path) -> None:
+    """Raise a `ValueError` that names the keys in which two models' shapes differ."""
+    before, now = (
+        {key: value for key, value in vars(model).items() if key not in _FREE_MODEL_KEYS}
+        | {"intermediate_size": model.ffn_size}
+        for model in (saved, own)
+    )
+    different = changes(before, now)
     if different:
         raise ValueError(
             f"{directory} is of another model: {', '.join(f'model.{text}' for text in different)}; "
-            "use its values, or choose another train.run_dir"
+            "use its values, or another model"
         )
+
+
+def load_weights_into(model: nn.Module, config: Model, path: str) -> Path:
+    """Start a new run from the weights of another: no optimizer state, no position in the data.
+
+    Args:
+        model: sharded or not; each process reads the full tensors and keeps its part.
+        config: the model's shape.
+        path: run, checkpoint or Hugging Face directory.
+
+    Returns:
+        The directory whose weights were taken.
+
+    Raises:
+        ValueError: the model there has another shape, or it is no model.
+        CheckpointError: it is damaged.
+    """
+    source = resolve_model(path)
+    weights = open_weights(source)
+    _check_shape(weights.config, config, source)
+    for name, parameter in model.named_parameters():
+        assign(parameter, weights[name].float())
+    return source
 
 
 def check_same_order(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:

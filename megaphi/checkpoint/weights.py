@@ -21,12 +21,13 @@ from torch import Tensor
 
 from megaphi.checkpoint.files import (
     StoredTensor,
+    WrittenShards,
     new_directory,
     read_header,
     read_json_object,
     write_shards,
 )
-from megaphi.checkpoint.hf import HuggingFaceWeights, copy_tokenizer, find_tokenizer
+from megaphi.checkpoint.hf import HuggingFaceWeights
 from megaphi.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -35,6 +36,7 @@ from megaphi.checkpoint.manifest import (
     verify_checkpoint,
     write_manifest,
 )
+from megaphi.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
 from megaphi.config import Model
 from megaphi.model.phi import Phi, parameter_shapes
 
@@ -141,10 +143,11 @@ class _Shard:
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """The model's tensors of a checkpoint by parameter name (`blocks.0.qkv.weight`), read on demand.
+    """The model's tensors of a checkpoint, read on demand.
 
-    Opening reads headers only and checks that the shards of every parameter tile it exactly. Each
-    access reads the data again; nothing is kept.
+    Keys are parameter names (`blocks.0.qkv.weight`). Opening reads headers only and checks that
+    the shards of every parameter tile it exactly. Each access reads the data again; nothing is
+    kept.
 
     Attributes:
         directory: the checkpoint.
@@ -282,7 +285,7 @@ def write_weights_checkpoint(
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer_dir: Path | None,
     details: Mapping[str, Any],
-) -> None:
+) -> WrittenShards:
     """Publish a checkpoint that holds a model's weights and nothing of a trainer.
 
     Everything is written to a temporary directory beside the final one and appears by one rename;
@@ -294,6 +297,9 @@ def write_weights_checkpoint(
         tensors: every parameter once, by name, in its full shape.
         tokenizer_dir: a tokenizer to copy along.
         details: further entries of the manifest, for instance where the weights come from.
+
+    Returns:
+        The files of the tensors.
 
     Raises:
         ValueError: `directory` is not free, or a tensor is missing, unknown or of another shape.
@@ -317,6 +323,7 @@ def write_weights_checkpoint(
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, temporary / "tokenizer")
         write_manifest(temporary, {}, details)
+    return written
 
 
 @dataclass(frozen=True)
@@ -336,9 +343,7 @@ def open_weights(source: Path) -> CheckpointWeights | HuggingFaceWeights:
     return CheckpointWeights(source) if is_checkpoint(source) else HuggingFaceWeights(source)
 
 
-def load_model(
-    path: str | Path, *, device: torch.device | str, dtype: torch.dtype
-) -> LoadedModel:
+def load_model(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> LoadedModel:
     """Load MODEL for inference: evaluation mode, no gradients.
 
     Args:
@@ -350,7 +355,11 @@ def load_model(
         FileNotFoundError, ValueError, CheckpointError: see `resolve_model`, `CheckpointWeights`
             and `HuggingFaceWeights`.
     """
-    source = resolve_model(path)
+    return load_source(resolve_model(path), device=device, dtype=dtype)
+
+
+def load_source(source: Path, *, device: torch.device | str, dtype: torch.dtype) -> LoadedModel:
+    """Like `load_model`, of a directory that `resolve_model` returned: it is not verified again."""
     weights = open_weights(source)
     with torch.device("meta"):
         model = Phi(weights.config)

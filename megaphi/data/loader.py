@@ -198,7 +198,7 @@ def check_token_files(recipe: Recipe) -> dict[str, TokenFileInfo]:
     Raises:
         ValueError: a vocabulary does not fit the model, or the tokenizers differ.
     """
-    infos = {}
+    infos: dict[str, TokenFileInfo] = {}
     for prefix in token_file_prefixes(recipe):
         info = read_info(Path(prefix))
         if info is None:

@@ -23,7 +23,7 @@ class StepTimer:
         """The present point in time, on the device where there is one."""
         if not self._use_events:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -41,7 +41,7 @@ class StepTimer:
         if isinstance(begin, torch.cuda.Event):
             assert isinstance(end, torch.cuda.Event)
             end.synchronize()
-            return begin.elapsed_time(end) / 1000.0
+            return float(begin.elapsed_time(end)) / 1000.0
         assert not isinstance(end, torch.cuda.Event)
         return end - begin
 
@@ -55,7 +55,7 @@ class Later:
         if tensor.device.type == "cuda":
             pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._tensor = pinned.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def values(self) -> list[float]:

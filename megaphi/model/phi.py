@@ -4,7 +4,8 @@ Each block runs attention and MLP side by side from one LayerNorm and adds both 
 stream once (as in CodeGen and GPT-J):
 
     r_0 = embedding(tokens);            y_0 = LayerNorm_0(r_0)
-    r_{i+1} = r_i + dropout(attention_i(y_i)) + dropout(mlp_i(y_i));  y_{i+1} = LayerNorm_{i+1}(r_{i+1})
+    r_{i+1} = r_i + dropout(attention_i(y_i)) + dropout(mlp_i(y_i))
+    y_{i+1} = LayerNorm_{i+1}(r_{i+1})
     logits = head(y_L)
 
 A block therefore *ends* with the LayerNorm that the next one reads, so that its biases, dropout,

@@ -31,12 +31,20 @@ def parallelize(model: Phi, mesh: Mesh, parallel: Parallel, compute_dtype: torch
             reshard_after_forward=parallel.reshard_after_forward,
         )
     for module in sharded_modules(model):
+        # gloo has neither mean nor scaled sum; a plain sum needs no other reduction
+        module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules that gather and free their weights as one."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def send_gradients(model: nn.Module, send: bool) -> None:
+    """Whether the next backward pass sums gradients over processes, or keeps them for later."""
+    assert isinstance(model, FSDPModule), "the model has not been parallelized"
+    model.set_requires_gradient_sync(send)
 
 
 def release_gathered_weights(model: nn.Module) -> None:

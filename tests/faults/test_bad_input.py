@@ -1,0 +1,197 @@
+"""What a user gets wrong, or a disk breaks, ends in one clear line, and nothing is lost."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints
+from megaphi.config import Recipe, load_recipe
+from megaphi.data.indexed import IndexedDatasetWriter
+from megaphi.errors import RunError, run_main
+from megaphi.parallel.mesh import processes
+from megaphi.train import run
+from megaphi.trainer import Trainer
+from tests.helpers import curve, metrics, run_training, toy_options, write_toy_tokens
+
+Train = Callable[[list[str]], Recipe]
+
+
+def fails(
+    options: list[str], status: int, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Run the command in this process and check its status and its one line."""
+    capsys.readouterr()
+    assert run_main(run, options) == status
+    lines = [li for li in capsys.readouterr().err.splitlines() if li.startswith("megaphi: error")]
+    assert len(lines) == 1, lines
+    assert all(word in lines[0] for word in words), lines[0]
+    return lines[0]
+
+
+def test_missing_and_truncated_token_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = toy_options(tmp_path / "nowhere", tmp_path / "run")
+    fails(missing, 2, ["nowhere", "no such token file"], capsys)
+    prefix = write_toy_tokens(tmp_path / "cut")
+    content = prefix.with_suffix(".bin").read_bytes()
+    prefix.with_suffix(".bin").write_bytes(content[:-10])
+    fails(toy_options(prefix, tmp_path / "run"), 1, ["cut.bin"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = write_toy_tokens(tmp_path / "wide", vocab_size=900)
+    options = toy_options(prefix, tmp_path / "run", data__split="100,0,0")
+    options = [o for o in options if "data.split" not in o]
+    fails(options, 1, ["outside the model's vocabulary of 512"], capsys)
+
+
+def test_empty_and_short_corpora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with IndexedDatasetWriter(tmp_path / "short", np.dtype(np.uint16)) as writer:
+        writer.add_document([1, 2, 3])
+    options = [o for o in toy_options(tmp_path / "short", tmp_path / "run") if "split" not in o]
+    fails(options, 2, ["short", "3"], capsys)
+
+
+def test_batch_that_does_not_divide_over_processes(toy_tokens: Path, tmp_path: Path) -> None:
+    options = toy_options(toy_tokens, tmp_path / "run", train__micro_batch_size=8)
+    done = run_training(options, processes=2)
+    assert done.returncode != 0
+    assert "train.global_batch_size=8 is not a multiple of" in done.stderr
+
+
+@pytest.fixture
+def finished(toy_tokens: Path, tmp_path: Path, train_here: Train) -> tuple[list[str], Path]:
+    """Options and directory of a run with checkpoints at 15 and 20."""
+    options = toy_options(toy_tokens, tmp_path / "run")
+    train_here(options)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == [
+        "step-00000020",
+        "step-00000015",
+    ]
+    return options, tmp_path / "run"
+
+
+def test_any_flipped_bit_is_found_and_the_checkpoint_before_is_used(
+    finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, run_dir = finished
+    pristine, expected = tmp_path / "pristine", curve(run_dir)
+    shutil.copytree(run_dir, pristine)
+    seed = random.SystemRandom().randrange(1000)
+    print(f"seed {seed}")
+    generator = random.Random(seed)
+    for name in sorted(p.name for p in (pristine / "step-00000020").iterdir()):
+        shutil.rmtree(run_dir)
+        shutil.copytree(pristine, run_dir)
+        path = run_dir / "step-00000020" / name
+        content = bytearray(path.read_bytes())
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        capsys.readouterr()
+        assert run_main(run, options) == 0
+        output = capsys.readouterr()
+        assert f"step-00000020/{name}" in output.err
+        assert "set aside as" in output.err
+        assert "resuming from" in output.out
+        assert "step-00000015" in output.out
+        assert (run_dir / "step-00000020.corrupt-1" / name).read_bytes() == content
+        assert curve(run_dir) == expected
+
+
+def test_no_valid_checkpoint_never_means_random_weights(
+    finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, run_dir = finished
+    for path in find_checkpoints(run_dir):
+        (path / "model.json").unlink()
+    fails(options, 1, ["refusing to start from random weights"], capsys)
+    # and not at the second try either, now that they are set aside
+    fails(options, 1, ["refusing to start from random weights"], capsys)
+    assert len(list(run_dir.glob("*.corrupt-1"))) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"step-00000001\n", b"../../x\n"])
+def test_the_latest_file_is_only_a_hint(
+    finished: tuple[list[str], Path], content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, run_dir = finished
+    (run_dir / "latest").write_bytes(content)
+    assert run_main(run, options) == 0
+    assert "step-00000020" in capsys.readouterr().out
+
+
+def test_resume_refuses_what_would_change_the_run(
+    finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, run_dir = finished
+    longer = [*options, "--train.steps=40"]
+    fails(longer, 2, ["order of the data", "--data.planned_samples=160"], capsys)
+    fails([*options, "--train.seed=5"], 2, ["train.seed was 1234, is 5"], capsys)
+    fails([*options, "--model.num_layers=3"], 2, ["model.num_layers was 2, is 3"], capsys)
+    fails([*options, "--checkpoint.resume=never"], 2, ["already has checkpoints"], capsys)
+    fails([*options, "--checkpoint.resume=/nowhere"], 2, ["/nowhere", "no such"], capsys)
+    other = write_toy_tokens(tmp_path / "other", documents=201)
+    fails([*options, f"--data.train={other}"], 2, ["content of the token files"], capsys)
+    assert len(find_checkpoints(run_dir)) == 2
+    assert run_main(run, [*longer, "--data.planned_samples=160"]) == 0
+    steps = [row["step"] for row in metrics(run_dir) if "loss" in row]
+    assert steps == list(range(1, 41))
+
+
+def test_two_runs_cannot_share_a_directory(toy_tokens: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(toy_options(toy_tokens, tmp_path / "run"))
+    with processes() as mesh:
+        first = Trainer(recipe, mesh)
+        with pytest.raises(RunError, match="another process is training"):
+            Trainer(recipe, mesh)
+        assert first.step_number == 0
+
+
+def test_non_finite_steps_change_nothing_and_stop_the_run(
+    toy_tokens: Path, tmp_path: Path, train_here: Train
+) -> None:
+    """A learning rate that blows the weights up: every later step is skipped, then it stops."""
+    options = toy_options(
+        toy_tokens,
+        tmp_path / "run",
+        optimizer__learning_rate=1e36,
+        schedule__warmup_steps=0,
+        optimizer__weight_decay=0,
+        train__max_nonfinite_steps=3,
+        checkpoint__interval=1,
+    )
+    with pytest.raises(RunError, match="not finite for 3 steps in a row"):
+        train_here(options)
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["loss"] is not None
+    assert [row["grad_norm"] for row in rows if "loss" in row][-3:] == [None] * 3
+
+
+def test_disk_full_is_named_and_older_checkpoints_stay(
+    toy_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_here: Train
+) -> None:
+    from megaphi.checkpoint import manager
+
+    real = manager._HashingStream.write
+    calls = {"count": 0}
+
+    def write(self: object, block: bytes) -> int:
+        calls["count"] += 1
+        if calls["count"] > 1:
+            raise OSError(28, "No space left on device")
+        return real(self, block)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(manager._HashingStream, "write", write)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        train_here(toy_options(toy_tokens, tmp_path / "run"))
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000005"]
+    assert not list((tmp_path / "run").glob(".step-*"))
+    monkeypatch.undo()
+    train_here(toy_options(toy_tokens, tmp_path / "run"))
+    assert find_checkpoints(tmp_path / "run")[0].name == "step-00000020"

@@ -1,0 +1,93 @@
+"""Small token files, small recipes and child processes for the tests of training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaphi.data.indexed import IndexedDatasetWriter
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def write_toy_tokens(prefix: Path, *, vocab_size: int = 512, documents: int = 200) -> Path:
+    """Write documents that count upwards by three: learnable, and different everywhere."""
+    generator = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
+        for _ in range(documents):
+            length, start = int(generator.integers(5, 200)), int(generator.integers(0, 400))
+            writer.add_document(((np.arange(length) * 3 + start) % (vocab_size - 1)).tolist())
+    return prefix
+
+
+def toy_options(prefix: Path, run_dir: Path, **overrides: Any) -> list[str]:
+    """Options of a run that takes about a second; `section__key=value` overrides one."""
+    options = {
+        "train.run_dir": run_dir,
+        "train.steps": 20,
+        "train.micro_batch_size": 2,
+        "train.global_batch_size": 8,
+        "train.evaluation_interval": 10,
+        "train.evaluation_batches": 1,
+        "data.train": prefix,
+        "data.split": "90,10,0",
+        "data.sequence_length": 32,
+        "model.num_layers": 2,
+        "model.hidden_size": 64,
+        "model.num_heads": 2,
+        "model.vocab_size": 512,
+        "model.max_sequence_length": 64,
+        "model.residual_dropout": 0.1,
+        "model.attention_dropout": 0.1,
+        "precision.dtype": "fp32",
+        "schedule.warmup_steps": 5,
+        "checkpoint.interval": 5,
+        "logging.tensorboard": "false",
+    }
+    options.update({key.replace("__", "."): value for key, value in overrides.items()})
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def child_environment() -> dict[str, str]:
+    """Environment of a child process: this checkout, one thread, no launcher's variables."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    clean = {key: value for key, value in os.environ.items() if key not in names}
+    return {**clean, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def train_command(options: list[str], processes: int = 1) -> list[str]:
+    """Command line of a training run, under torchrun where it has several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "megaphi.train", *options]
+
+
+def run_training(options: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Train in child processes and wait."""
+    return subprocess.run(
+        train_command(options, processes),
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> dict[tuple[int, str], tuple[float, ...]]:
+    """Everything of a run's metrics that must not depend on chance: losses and norms."""
+    values = {}
+    for row in metrics(run_dir):
+        if "validation_loss" in row:
+            values[row["step"], "validation"] = (row["validation_loss"],)
+        else:
+            values[row["step"], "train"] = (row["loss"], row["grad_norm"])
+    return values
