@@ -115,7 +115,7 @@ def from_sources(name: str, tensors: list[Tensor], config: Model, layout: _Layou
     rest = tensors[0].shape[1:]
     shape = (config.num_heads, config.head_size, *rest)
     if len(layout.qkv) == 3:
-        parts = torch.stack([tensor.reshape(shape) for tensor in tensors], dim=0)
+        parts = torch.stack([tensor.reshape(shape) for tensor in tensors], dim=1)
     else:
         parts = tensors[0].reshape(3, *shape).transpose(0, 1)
     return parts.reshape(3 * config.hidden_size, *rest)

@@ -25,7 +25,9 @@ def rotary_tables(
     """
     # On the CPU first, so that every device turns by the same angles. The exponents are formed as
     # Hugging Face's Phi forms them: the two must agree on long sequences.
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-    frequencies = 1.0 / (base**exponents)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-    return angles.cos().to(device), angles.sin().to(device)
+    # Inference mode is left because a table made in it could not be used for training later.
+    with torch.inference_mode(False):
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+        frequencies = 1.0 / (base**exponents)
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
+        return angles.cos().to(device), angles.sin().to(device)
