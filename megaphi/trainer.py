@@ -1,13 +1,11 @@
 """The training run: what it is built from, in order, and the loop over steps."""
 
-import shutil
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels import DropoutSeed
 from megaphi.checkpoint.manager import CheckpointManager
 from megaphi.checkpoint.manifest import write_durably
 from megaphi.checkpoint.resume import (
@@ -18,6 +16,7 @@ from megaphi.checkpoint.resume import (
     environment,
     load_weights_into,
 )
+from megaphi.checkpoint.tokenizer_files import copy_tokenizer
 from megaphi.config import Recipe
 from megaphi.data.loader import (
     Dataset,
@@ -34,7 +33,7 @@ from megaphi.metrics.logger import RunLogger, format_count
 from megaphi.metrics.meter import Later, device_name
 from megaphi.metrics.report import Reporter, StepMetrics
 from megaphi.model.init import initialize
-from megaphi.model.phi import Phi, num_parameters
+from megaphi.model.phi import DropoutSeed, Phi, num_parameters
 from megaphi.optim.adamw import AdamW
 from megaphi.optim.schedule import learning_rate
 from megaphi.parallel.mesh import Mesh
@@ -204,8 +203,8 @@ class Trainer:
         if self.mesh.is_main:
             write_durably(self.run_dir / "config.yaml", recipe.to_yaml())
             tokenizer = Path(f"{token_file_prefixes(recipe)[0]}.tokenizer")
-            if tokenizer.is_dir() and not (self.run_dir / "tokenizer").exists():
-                shutil.copytree(tokenizer, self.run_dir / "tokenizer")
+            if tokenizer.is_dir():
+                copy_tokenizer(tokenizer, self.run_dir / "tokenizer")
 
     def start(self) -> None:
         """Give a new run its weights: drawn from the seed, or those of another model."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaphi.config import Recipe
 from megaphi.data.blend import build_dataset, parse_blend
-from megaphi.data.sidecar import TokenFileInfo, read_info
+from megaphi.data.sidecar import TokenFileInfo, verify_info
 from megaphi.errors import RunError
 
 
@@ -197,10 +197,11 @@ def check_token_files(recipe: Recipe) -> dict[str, TokenFileInfo]:
 
     Raises:
         ValueError: a vocabulary does not fit the model, or the tokenizers differ.
+        TokenFileError: a file is not the one that its sidecar describes, by size.
     """
     infos: dict[str, TokenFileInfo] = {}
     for prefix in token_file_prefixes(recipe):
-        info = read_info(Path(prefix))
+        info = verify_info(Path(prefix), deep=False)
         if info is None:
             continue
         if info.vocab_size > recipe.model.vocab_size:

@@ -1,0 +1,293 @@
+"""Records directories on disk: built aside, described by a manifest, published by one rename.
+
+A stage that writes DIR works in `DIR.partial`, which is locked against a second process. Each
+shard of the work leaves a result file there when it is done, so that a killed stage, started again
+with the same inputs and configuration, keeps the finished shards and redoes the others. At the end
+the shards' files are numbered through, `manifest.json` is written last, and the directory is
+renamed to DIR: whatever has that name is complete.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.jsonl import file_sha256
+from data_pipeline.records import Json, digest
+from megaphi.errors import RunError
+
+MANIFEST_NAME = "manifest.json"
+LOCK_NAME = "lock"
+PLAN_NAME = "plan"
+RESULT_NAME = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFile:
+    """One file of a records directory: its name, number of lines, size and SHA-256."""
+
+    name: str
+    records: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a stage did, kept as `manifest.json` beside its output.
+
+    Attributes:
+        stage: name of the stage.
+        version: version of its code; raised when the same input would give another output.
+        config: every option that the output depends on.
+        seed: seed of a stage that draws, else None.
+        inputs: per source `{"path", "files", "bytes", "sha256"}`.
+        records_in: documents read.
+        records_out: documents kept.
+        rejected: documents refused, by reason; in = out + rejected.
+        text_bytes: bytes of the kept texts, UTF-8.
+        notes: what the stage changed in every text, in words.
+        parts: the part files, in order.
+        rejects: the rejects files, in order.
+        run: what differs from run to run: seconds, workers, library versions.
+    """
+
+    stage: str
+    version: str
+    config: dict[str, Json]
+    seed: int | None
+    inputs: list[dict[str, Json]]
+    records_in: int
+    records_out: int
+    rejected: dict[str, int]
+    text_bytes: int
+    notes: list[str]
+    parts: list[PartFile]
+    rejects: list[PartFile]
+    run: dict[str, Json] = field(default_factory=dict)
+
+    @property
+    def records_sha256(self) -> str:
+        """Digest of the kept records: equal when the part files are."""
+        return digest([[part.name, part.bytes, part.sha256] for part in self.parts])
+
+    @property
+    def key(self) -> str:
+        """Digest of what determines the output: stage, version, config, seed and inputs."""
+        return stage_key(self.stage, self.version, self.config, self.seed, self.inputs)
+
+    @property
+    def num_rejected(self) -> int:
+        """Documents refused, all reasons together."""
+        return sum(self.rejected.values())
+
+
+def stage_key(
+    stage: str, version: str, config: Json, seed: int | None, inputs: list[dict[str, Json]]
+) -> str:
+    """Digest of what determines a stage's output; where an input lies does not count."""
+    contents = [{k: v for k, v in entry.items() if k != "path"} for entry in inputs]
+    return digest([stage, version, config, seed, contents])
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of a records directory.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or no manifest in it.
+        RunError: the manifest cannot be read, or a part file is missing or has another size.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory}: not a records directory (it has no {MANIFEST_NAME}); "
+            "make one with `megaphi data ingest`"
+        )
+    try:
+        raw = json.loads(path.read_bytes())
+        del raw["records_sha256"]
+        raw["parts"] = [PartFile(**part) for part in raw["parts"]]
+        raw["rejects"] = [PartFile(**part) for part in raw["rejects"]]
+        manifest = Manifest(**raw)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path}: not a manifest ({error}); rebuild the records") from None
+    for part in manifest.parts:
+        file = directory / part.name
+        if not file.is_file() or file.stat().st_size != part.bytes:
+            raise RunError(f"{file}: missing or not {part.bytes} bytes long; rebuild the records")
+    return manifest
+
+
+def check_target(path: Path) -> None:
+    """Check that a name is free for a records directory: absent, empty, or holding an older one.
+
+    Raises:
+        ValueError: something else has that name.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path}: is not a directory; choose another --out")
+    if path.is_dir() and not (path / MANIFEST_NAME).is_file() and any(path.iterdir()):
+        raise ValueError(f"{path}: holds files that no stage made; choose another --out")
+
+
+def check_part(directory: Path, part: PartFile) -> Path:
+    """Return the path of a part file whose content is the one in the manifest.
+
+    Raises:
+        RunError: the content is another one.
+    """
+    path = directory / part.name
+    if file_sha256(path) != part.sha256:
+        raise RunError(f"{path}: differs from its manifest (SHA-256); rebuild the records")
+    return path
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write a JSON file atomically: temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="ascii") as stream:
+        json.dump(value, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class WorkDirectory:
+    """A locked directory in which one run builds its output; finished shards survive a kill.
+
+    Args:
+        path: the directory, created when missing.
+        plan: digest of what is being built. A directory left by a killed run of the same plan is
+            taken over (`resumed` is true), one of any other plan is emptied.
+
+    Raises:
+        RunError: another process is working in it.
+        ValueError: there is a directory of that name that no run of ours made.
+    """
+
+    def __init__(self, path: Path, plan: str) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        # A run killed just before the last rename leaves a manifest and no lock.
+        ours = (path / LOCK_NAME).exists() or (path / MANIFEST_NAME).exists()
+        if any(path.iterdir()) and not ours:
+            raise ValueError(f"{path}: in the way of the work directory; move it or change --out")
+        lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise RunError(f"{path}: another process is writing there; wait for it") from None
+        self._lock: int | None = lock
+        plan_file = path / PLAN_NAME
+        self.resumed = plan_file.is_file() and plan_file.read_text(encoding="ascii") == plan
+        self._clear(keep_shards=self.resumed)
+        plan_file.write_text(plan, encoding="ascii")
+
+    def _clear(self, keep_shards: bool) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                if not keep_shards:
+                    shutil.rmtree(entry)
+            elif entry.name != LOCK_NAME:
+                entry.unlink()
+
+    def shard_directory(self, index: int) -> Path:
+        """Where shard `index` writes."""
+        return self.path / f"shard-{index:05d}"
+
+    def finished(self, index: int) -> dict[str, Any] | None:
+        """The result that shard `index` left when it was done, or None if it is not done.
+
+        A shard also counts as not done when a file that its result lists is gone: the run was then
+        killed while it was gathering the shards' files.
+        """
+        directory = self.shard_directory(index)
+        if not (directory / RESULT_NAME).is_file():
+            return None
+        result: dict[str, Any] = json.loads((directory / RESULT_NAME).read_bytes())
+        files = [entry["name"] for kind in ("part", "rejected") for entry in result[kind]]
+        return result if all((directory / name).is_file() for name in files) else None
+
+    def publish(self, target: Path) -> None:
+        """Drop the work files and rename this directory to `target`, replacing an older output.
+
+        The caller has made sure of `check_target(target)`.
+        """
+        for name in (PLAN_NAME, LOCK_NAME):
+            (self.path / name).unlink()
+        sync_directory(self.path)
+        if target.exists():
+            old = self.path.with_name(self.path.name + ".replaced")
+            if old.exists():  # left by a run that was killed right here
+                shutil.rmtree(old)
+            target.rename(old)
+            self.path.rename(target)
+            shutil.rmtree(old)
+        else:
+            self.path.rename(target)
+        sync_directory(target.parent)
+        self.release()
+
+    def discard(self) -> None:
+        """Remove the directory, the lock last, so that a kill meanwhile leaves it as ours."""
+        self._clear(keep_shards=False)
+        (self.path / LOCK_NAME).unlink()
+        self.path.rmdir()
+        self.release()
+
+    def release(self) -> None:
+        """Give up the lock; what was not published waits for a later run to take over."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def start_shard(directory: Path) -> None:
+    """Make an empty directory for a shard, dropping what a killed run left there."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def finish_shard(directory: Path, result: dict[str, Json]) -> None:
+    """Mark a shard as done: its result file is written last, atomically."""
+    write_json(directory / RESULT_NAME, result)
+    sync_directory(directory)
+
+
+def number_parts(work: WorkDirectory, results: list[dict[str, Json]], kind: str) -> list[PartFile]:
+    """Move the shards' files of one kind up, numbered through in shard order.
+
+    Args:
+        work: the work directory.
+        results: the shards' results in order, each with a list of files under `kind`.
+        kind: `part` or `rejected`.
+    """
+    numbered: list[PartFile] = []
+    for index, result in enumerate(results):
+        for entry in result[kind]:
+            suffix = entry["name"].split(".", 1)[1]
+            name = f"{kind}-{len(numbered):05d}.{suffix}"
+            (work.shard_directory(index) / entry["name"]).rename(work.path / name)
+            numbered.append(PartFile(**{**entry, "name": name}))
+    return numbered
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` with the digest of the records in it."""
+    value = asdict(manifest) | {"records_sha256": manifest.records_sha256}
+    write_json(directory / MANIFEST_NAME, value)

@@ -1,0 +1,335 @@
+"""`megaphi data`: build a corpus, stage by stage.
+
+    megaphi data ingest SOURCE... --out DIR
+    megaphi data train-tokenizer RECORDS_DIR --vocab-size N --out DIR
+    megaphi data tokenize RECORDS_DIR --tokenizer NAME_OR_DIR --out PREFIX
+    megaphi data merge PREFIX... --out PREFIX
+
+Progress goes to stderr when that is a terminal, one line of result to stdout; `--json` prints one
+JSON object instead. A finished output of the same inputs and options is reused.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+EXAMPLES = """examples:
+  megaphi data ingest ~/code --out corpus/records
+  megaphi data ingest bigcode/the-stack-dedup --source stack --out corpus/stack
+  megaphi data tokenize corpus/records --tokenizer codegen --out corpus/train
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the rest of the command are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a sub-verb; returns the exit status.
+
+    Raises:
+        ValueError: the call is wrong.
+        RunError: the data are broken, or too many documents were refused.
+    """
+    arguments = _parser().parse_args(list(argv))
+    run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]] = arguments.run
+    result, line = run(arguments)
+    print(json.dumps(result) if arguments.json else line)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="megaphi data",
+        description="Build a corpus: records, tokenizer, token files.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _add_ingest(verbs)
+    _add_train_tokenizer(verbs)
+    _add_tokenize(verbs)
+    _add_merge(verbs)
+    return parser
+
+
+def _add_verb(
+    verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], Any], out: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=text,
+        description=text,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", required=True, metavar=out, type=Path, help="what to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace another output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
+
+
+def _add_ingest(verbs: Any) -> None:
+    text = "raw files and data sets -> records"
+    parser = _add_verb(verbs, "ingest", text, _ingest, "DIR")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="directory of .py files (or, without any, of data files); .py, .jsonl, .jsonl.zst or "
+        ".parquet file; directory saved by `datasets`; OWNER/NAME[:SPLIT] on the Hugging Face hub",
+    )
+    parser.add_argument("--source", default="local", metavar="LABEL", help="label of the records")
+    parser.add_argument("--text-field", metavar="FIELD", help="instead of content, text or code")
+    parser.add_argument("--min-bytes", type=int, default=1, metavar="N", help="smallest document")
+    parser.add_argument("--max-bytes", type=int, default=2**20, metavar="N", help="largest")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out files and folders of this name or shell pattern; may be repeated",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N documents")
+    parser.add_argument(
+        "--max-reject",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of refused documents, 0 to 1, above which nothing is published (exit 3)",
+    )
+    parser.add_argument("--zstd", action="store_true", help="write .jsonl.zst parts")
+    _add_workers(parser)
+
+
+def _add_train_tokenizer(verbs: Any) -> None:
+    text = "records -> byte-level BPE tokenizer laid out as CodeGen's"
+    parser = _add_verb(verbs, "train-tokenizer", text, _train_tokenizer, "DIR")
+    parser.add_argument("records", type=Path, metavar="RECORDS_DIR")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="all ids, 39 added ones included"
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=128 * 2**20, metavar="N", help="train on a sample of this"
+    )
+
+
+def _add_tokenize(verbs: Any) -> None:
+    text = "records -> token file PREFIX.bin, .idx, .json, .documents.jsonl, .tokenizer/"
+    parser = _add_verb(verbs, "tokenize", text, _tokenize, "PREFIX")
+    parser.add_argument("records", type=Path, metavar="RECORDS_DIR")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="NAME_OR_DIR",
+        help="codegen (phi-1's), a tokenizer directory, or OWNER/NAME on the Hugging Face hub",
+    )
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument(
+        "--shuffle-seed",
+        type=int,
+        default=1234,
+        metavar="S",
+        help="order of the documents; shuffled because validation data are taken by position",
+    )
+    order.add_argument("--no-shuffle", action="store_true", help="keep the order of the records")
+    _add_workers(parser)
+
+
+def _add_merge(verbs: Any) -> None:
+    text = "several token files -> one, in the given order"
+    parser = _add_verb(verbs, "merge", text, _merge, "PREFIX")
+    parser.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX")
+
+
+@contextmanager
+def _progress(what: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on stderr if that is a terminal; yields set(done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _seconds(started: float, size: int) -> str:
+    """`1.2 s, 25.3 MB/s` since `started` for `size` bytes."""
+    seconds = max(time.monotonic() - started, 1e-9)
+    return f"{seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
+
+
+def _reasons(rejected: dict[str, int]) -> str:
+    """`12 rejected (empty 10, utf8 2)`."""
+    counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+    return f"{sum(rejected.values())} rejected" + (f" ({counts})" if counts else "")
+
+
+def _ingest(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from dataclasses import replace
+
+    from data_pipeline.engine import Options, run_stage
+    from data_pipeline.ingest import IngestOptions, plan_ingest
+
+    started = time.monotonic()
+    stage, work = plan_ingest(
+        arguments.sources,
+        IngestOptions(
+            source=arguments.source,
+            text_field=arguments.text_field,
+            min_bytes=arguments.min_bytes,
+            max_bytes=arguments.max_bytes,
+            limit=arguments.limit,
+            exclude=arguments.exclude,
+        ),
+    )
+    with _progress("ingest", "shard") as show:
+        options = Options(
+            workers=arguments.workers,
+            max_reject=arguments.max_reject,
+            overwrite=arguments.overwrite,
+            libraries=("pyarrow", "datasets", "zstandard"),
+            on_shard=show,
+        )
+        stage = replace(stage, compress=arguments.zstd)
+        manifest, reused = run_stage(stage, work, arguments.out, options)
+    result = {
+        "verb": "ingest",
+        "out": str(arguments.out),
+        "reused": reused,
+        "records_in": manifest.records_in,
+        "records_out": manifest.records_out,
+        "rejected": manifest.rejected,
+        "text_bytes": manifest.text_bytes,
+        "records_sha256": manifest.records_sha256,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    line = (
+        f"{'reused' if reused else 'ingested'} {arguments.out}: {manifest.records_out} records, "
+        f"{manifest.text_bytes / 1e6:.1f} MB | {_reasons(manifest.rejected)} of "
+        f"{manifest.records_in} read | {_seconds(started, manifest.text_bytes)}"
+    )
+    return result, line
+
+
+def _train_tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from data_pipeline.train_tokenizer import train_tokenizer
+
+    started = time.monotonic()
+    with _progress("read", "B") as show:
+        read = 0
+
+        def on_bytes(size: int) -> None:
+            nonlocal read
+            read += size
+            show(read, None)
+
+        made = train_tokenizer(
+            arguments.records,
+            arguments.out,
+            arguments.vocab_size,
+            max_bytes=arguments.max_bytes,
+            overwrite=arguments.overwrite,
+            on_bytes=on_bytes,
+        )
+    result = {
+        "verb": "train-tokenizer",
+        "out": str(made.path),
+        "reused": made.reused,
+        "vocab_size": made.vocab_size,
+        "tokenizer_sha256": made.sha256,
+        "texts": made.num_texts,
+        "text_bytes": made.text_bytes,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    fewer = f" (fewer than {arguments.vocab_size}: the corpus is small)"
+    line = (
+        f"{'reused' if made.reused else 'trained'} {made.path}: vocabulary {made.vocab_size}"
+        f"{fewer if made.vocab_size < arguments.vocab_size else ''} from {made.num_texts} texts | "
+        f"sha256 {made.sha256[:12]} | {_seconds(started, made.text_bytes)}"
+    )
+    return result, line
+
+
+def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from data_pipeline.tokenize_records import tokenize_records
+
+    started = time.monotonic()
+    with _progress("tokenize", "part") as show:
+        made = tokenize_records(
+            arguments.records,
+            arguments.tokenizer,
+            arguments.out,
+            shuffle_seed=None if arguments.no_shuffle else arguments.shuffle_seed,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            on_part=show,
+        )
+    info = made.info
+    result = {
+        "verb": "tokenize",
+        "out": str(arguments.out),
+        "reused": made.reused,
+        "documents": info.num_documents,
+        "tokens": info.num_tokens,
+        "rejected": made.rejected,
+        "vocab_size": info.vocab_size,
+        "eod_id": info.eod_id,
+        "tokenizer": info.tokenizer,
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "bin_sha256": info.bin_sha256,
+        "idx_sha256": info.idx_sha256,
+        "text_bytes": made.text_bytes,
+        "backend": made.backend,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    line = (
+        f"{'reused' if made.reused else 'tokenized'} {arguments.out}: {info.num_documents} "
+        f"documents, {info.num_tokens} tokens ({made.text_bytes / info.num_tokens:.2f} bytes a "
+        f"token) | {_reasons(made.rejected)} | {made.backend} | "
+        f"{_seconds(started, made.text_bytes)}"
+    )
+    return result, line
+
+
+def _merge(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from data_pipeline.merge_tokens import merge_tokens
+    from megaphi.data.indexed import IndexedDataset
+
+    info, has_table = merge_tokens(arguments.prefixes, arguments.out, overwrite=arguments.overwrite)
+    merged = IndexedDataset(arguments.out)
+    documents = len(merged.document_index) - 1
+    result = {
+        "verb": "merge",
+        "out": str(arguments.out),
+        "sources": [str(prefix) for prefix in arguments.prefixes],
+        "documents": documents,
+        "tokens": merged.num_tokens,
+        "tokenizer": None if info is None else info.tokenizer,
+        "documents_file": has_table,
+    }
+    missing = "" if has_table else " | no documents.jsonl: not every source has one"
+    line = (
+        f"merged {arguments.out}: {documents} documents, {merged.num_tokens} tokens from "
+        f"{len(arguments.prefixes)} token files{missing}"
+    )
+    return result, line
