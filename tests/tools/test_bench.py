@@ -1,0 +1,147 @@
+"""`megaphi bench data` from end to end at a tiny size; no time is asserted."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+import tools.bench
+import tools.bench_data
+from tools.cli import main
+
+SMALL = ["--megabytes=0.05", "--index-tokens=50000", "--blend-samples=9000", "--loader-samples=20"]
+GROUPS = ["tokenize", "sample order", "blend order", "loader"]
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """A call with a source and a tokenizer of its own."""
+    source = tmp_path / "source"
+    for number in range(40):
+        path = source / f"package{number % 3}" / f"module{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"def f{number}_{k}(x):\n    return x + {k}\n" for k in range(50)))
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["def f(x):\n    return x\n"], 280, show_progress=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    out = ["--out", str(tmp_path / "out"), "--source", str(source), "--workers", "1"]
+    return ["bench", "data", *out, "--tokenizer", str(tmp_path / "tokenizer"), *SMALL]
+
+
+def without_megatron(name: str) -> str | None:
+    return None if name == "megatron-core" else tools.bench.package_version(name)
+
+
+def check_rows(report: dict[str, Any]) -> None:
+    """Every row has rates that follow from its own seconds, and ratios from the rates."""
+    scales = {"MB/s": 1e6, "M tokens/s": 1e6, "M samples/s": 1e6, "samples/s": 1}
+    assert [group["name"] for group in report["groups"]] == GROUPS
+    for group in report["groups"]:
+        ours = group["rows"][0]
+        assert ours["package"] is None
+        assert "problem" not in ours
+        for row in group["rows"]:
+            if "problem" in row:
+                assert "rate" not in row
+                continue
+            assert len(row["seconds"]) == report["settings"]["repeats"]
+            rates = sorted(row["amount"] / s / scales[group["unit"]] for s in row["seconds"])
+            assert rates[0] == pytest.approx(row["lowest_rate"])
+            assert rates[-1] == pytest.approx(row["highest_rate"])
+            assert 0 < row["lowest_rate"] <= row["rate"] <= row["highest_rate"]
+            assert row["rate_per_cpu_second"] > 0
+            assert row["amount"] == ours["amount"] or group["name"] == "loader"
+            if row is not ours:
+                assert row["same_result"] is True
+                assert row["megaphi_ratio"] * row["rate"] == pytest.approx(ours["rate"])
+
+
+def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tools.bench_data, "package_version", without_megatron)
+    assert main([*words, "--repeats", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "out" / "data.json").read_text())
+    check_rows(report)
+    rows = {row["name"]: row for group in report["groups"] for row in group["rows"]}
+    problems = {name: row["problem"] for name, row in rows.items() if "problem" in row}
+    missing = [name for name in rows if "Megatron" in name]
+    if tools.bench.package_version("gigatoken") is None:
+        missing.append("gigatoken: encode_batch in memory")
+    assert problems == dict.fromkeys(missing, "not installed")
+    files = sorted((tmp_path / "source").rglob("*.py"))
+    assert 0 < report["corpus"]["documents"] < len(files)
+    assert 50_000 <= report["corpus"]["text_bytes"] < 50_000 + files[0].stat().st_size * 1.2
+    assert (
+        rows["megaphi: records -> .bin, .idx on disk"]["amount"] == (report["corpus"]["text_bytes"])
+    )
+    assert report["machine"]["command"].startswith("megaphi bench data --out ")
+    text = (tmp_path / "out" / "data.txt").read_text()
+    assert text.count("not installed") >= len(missing)
+    assert all(name in text for name in rows)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.json", "data.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    tools.bench.package_version("megatron-core") is None, reason="megatron-core is not installed"
+)
+def test_megatron_core_gives_the_same_results(words: list[str], capsys) -> None:
+    assert main([*words, "--repeats", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    check_rows(report)
+    rows = [row for group in report["groups"] for row in group["rows"]]
+    assert sum(row["package"] == "megatron-core" and "rate" in row for row in rows) == 3
+
+
+def test_a_peer_that_fails_does_not_stop_the_others(
+    tmp_path: Path, words: list[str], monkeypatch, capsys
+) -> None:
+    ours = tools.bench_data._Tool("ours", "blend_megaphi")
+    broken = tools.bench_data._Tool("broken", "no_such_measure", "numpy")
+    groups = (tools.bench_data._Group("g", "samples/s", 1.0, (ours, broken)),)
+    request = {"blend_samples": 50}
+    entry = tools.bench_data._run_group(groups[0], request, tmp_path, repeats=2)
+    first, second = entry["rows"]
+    assert first["amount"] == 50
+    assert second["problem"] == "failed: no_such_measure: KeyError: 'no_such_measure'"
+    groups = (tools.bench_data._Group("g", "samples/s", 1.0, (broken.__class__("o", "none"),)),)
+    monkeypatch.setattr(tools.bench_data, "_GROUPS", groups)
+    assert main(words) == 1  # ours must not fail
+    assert "KeyError: 'none'" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_wrong_calls(tmp_path: Path, words: list[str], capsys) -> None:
+    for option, value in (("--megabytes", "0"), ("--repeats", "0"), ("--loader-samples", "7")):
+        assert main([*words, option, value]) == 2
+        assert option in capsys.readouterr().err
+    assert main([*words, "--blend-samples", "inf"]) == 2
+    assert main([*words, "--source", str(tmp_path / "nothing")]) == 2
+    assert "nothing: no such directory" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([*words, "--source", str(tmp_path / "empty")]) == 2
+    assert "holds no .py files" in capsys.readouterr().err
+
+
+def test_the_commit_is_that_of_the_checkout_only(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert tools.bench.git_commit(tmp_path) is None
+    git("init", "--quiet")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "--quiet", "--message", "first")
+    commit = git("rev-parse", "HEAD")
+    assert tools.bench.git_commit(tmp_path) == commit
+    assert tools.bench.git_commit(tmp_path / "inside") is None
+    (tmp_path / "file").write_text("2")
+    assert tools.bench.git_commit(tmp_path) == f"{commit}-dirty"
