@@ -17,6 +17,7 @@ from typing import Any
 
 from data_pipeline.jsonl import file_sha256
 from data_pipeline.records import Json, digest
+from megaphi.durable import sync, write_durably
 from megaphi.errors import RunError
 
 MANIFEST_NAME = "manifest.json"
@@ -146,23 +147,8 @@ def check_part(directory: Path, part: PartFile) -> Path:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Write a JSON file atomically: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="ascii") as stream:
-        json.dump(value, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Write a JSON file durably and in one step."""
+    write_durably(path, json.dumps(value, indent=1) + "\n")
 
 
 class WorkDirectory:
@@ -229,7 +215,7 @@ class WorkDirectory:
         """
         for name in (PLAN_NAME, LOCK_NAME):
             (self.path / name).unlink()
-        sync_directory(self.path)
+        sync(self.path)
         if target.exists():
             old = self.path.with_name(self.path.name + ".replaced")
             if old.exists():  # left by a run that was killed right here
@@ -239,7 +225,7 @@ class WorkDirectory:
             shutil.rmtree(old)
         else:
             self.path.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
         self.release()
 
     def discard(self) -> None:
@@ -266,7 +252,7 @@ def start_shard(directory: Path) -> None:
 def finish_shard(directory: Path, result: dict[str, Json]) -> None:
     """Mark a shard as done: its result file is written last, atomically."""
     write_json(directory / RESULT_NAME, result)
-    sync_directory(directory)
+    sync(directory)
 
 
 def number_parts(work: WorkDirectory, results: list[dict[str, Json]], kind: str) -> list[PartFile]:

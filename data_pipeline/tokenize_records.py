@@ -36,7 +36,6 @@ from data_pipeline.output import (
     finish_shard,
     read_manifest,
     start_shard,
-    sync_directory,
 )
 from data_pipeline.pool import run_tasks
 from data_pipeline.records import Json, Record, Reject, digest, read_part
@@ -48,6 +47,7 @@ from megaphi.data.indexed import (
     token_file_paths,
 )
 from megaphi.data.sidecar import TokenFileInfo, read_info, write_info
+from megaphi.durable import sync
 from megaphi.errors import RunError
 
 VERSION = "1"
@@ -369,4 +369,4 @@ def _publish(work: WorkDirectory, prefix: Path) -> None:
             target.unlink(missing_ok=True)
             continue
         source.replace(target)
-    sync_directory(prefix.parent)
+    sync(prefix.parent)

@@ -13,6 +13,9 @@ case "${1:-}" in
 esac
 
 make_environment data eval
+# OpenMP threads that wait by spinning starve each other where anything else runs: with one busy
+# neighbour on two cores, 5,600 tokens/s with this and 3,200 without; 4% lost on a quiet machine
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
 megaphi() { "$PYTHON" -m tools.cli "$@"; }
 
 say "1/6 ingest: the standard library of $("$PYTHON" --version) -> $out/records"
@@ -40,7 +43,8 @@ else
 fi
 
 say "6/6 complete a prompt"
-megaphi generate "$out/hf-$newest" --prompt "def main():" --max-new-tokens 48
+megaphi generate "$out/hf-$newest" --prompt "def main():" --max-new-tokens 48 \
+    --temperature 0.5 --top-p 0.9 --seed 2
 
 say "done"
 cat <<END

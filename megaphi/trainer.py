@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from megaphi.checkpoint.manager import CheckpointManager
-from megaphi.checkpoint.manifest import write_durably
 from megaphi.checkpoint.resume import (
     changes,
     check_same_model,
@@ -28,6 +27,7 @@ from megaphi.data.loader import (
     train_dataset,
     validation_dataset,
 )
+from megaphi.durable import write_durably
 from megaphi.errors import Preempted
 from megaphi.metrics.logger import RunLogger, format_count
 from megaphi.metrics.meter import Later, device_name

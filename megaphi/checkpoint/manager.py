@@ -33,12 +33,11 @@ from megaphi.checkpoint.manifest import (
     publish,
     read_manifest,
     remove,
-    sync,
     verify_files,
-    write_durably,
     write_manifest,
 )
 from megaphi.config import Recipe
+from megaphi.durable import sync, write_durably
 from megaphi.errors import RunError
 from megaphi.parallel.mesh import Mesh
 

@@ -17,7 +17,6 @@ written into an existing one. Nothing that is read back is unpickled.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megaphi.durable import sync, write_durably
 from megaphi.errors import RunError
 
 MANIFEST_NAME = "manifest.json"
@@ -188,24 +188,6 @@ def remove(directory: Path) -> None:
     directory.rename(doomed)
     sync(doomed.parent)
     shutil.rmtree(doomed)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file's content in one step: temporary name, sync, rename, sync of the parent."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Fsync a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(directory: Path) -> list[Path]:

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megaphi.data.publish import NewFile, fsync_directory
+from megaphi.data.publish import NewFile
+from megaphi.durable import sync
 from megaphi.errors import RunError
 
 MAGIC = b"MMIDIDX\0\0"
@@ -428,7 +429,7 @@ class IndexedDatasetWriter:
         paths.info.unlink(missing_ok=True)
         self._bin.publish()
         self._idx.publish()
-        fsync_directory(paths.bin.parent)
+        sync(paths.bin.parent)
         self._finalized = True
         self.bin_sha256 = self._bin.sha256
         self.idx_sha256 = self._idx.sha256

@@ -75,12 +75,3 @@ class NewFile:
         """Close and remove the temporary file, if it is still there."""
         self._file.close()
         self.temporary.unlink(missing_ok=True)
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make the renames in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

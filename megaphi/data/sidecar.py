@@ -23,7 +23,8 @@ from megaphi.data.indexed import (
     read_index,
     token_file_paths,
 )
-from megaphi.data.publish import NewFile, fsync_directory
+from megaphi.data.publish import NewFile
+from megaphi.durable import sync
 
 _READ_BYTES = 16 << 20
 
@@ -74,7 +75,7 @@ def write_info(prefix: str | Path, info: TokenFileInfo) -> None:
         file.publish()
     finally:
         file.discard()
-    fsync_directory(path.parent)
+    sync(path.parent)
 
 
 def read_info(prefix: str | Path) -> TokenFileInfo | None:
