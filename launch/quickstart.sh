@@ -5,12 +5,14 @@
 #
 # Run again, it reuses what is done. Options after OUT_DIR change the recipe.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+# a relative OUT_DIR is meant from where the user stands
 case "${1:-}" in
-    "" | --*) out=quickstart ;;
-    *) out="$1"; shift ;;
+    "" | --*) out="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/quickstart" ;;
+    /*) out="$1"; shift ;;
+    *) out="$PWD/$1"; shift ;;
 esac
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 make_environment data eval
 # OpenMP threads that wait by spinning starve each other where anything else runs: with one busy

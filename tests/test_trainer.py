@@ -1,0 +1,125 @@
+"""What a run leaves behind, and that the number format changes little."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megaphi.checkpoint.manifest import find_checkpoints
+from megaphi.config import Recipe, load_recipe
+from megaphi.metrics.logger import console_line, format_count, format_duration
+from tests.helpers import curve, metrics, toy_options
+
+Train = Callable[[list[str]], Recipe]
+
+
+def test_metrics_have_one_row_a_step_with_what_users_read(
+    toy_tokens: Path, tmp_path: Path, train_here: Train
+) -> None:
+    train_here(toy_options(toy_tokens, tmp_path / "run"))
+    rows = metrics(tmp_path / "run")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    for row in steps:
+        assert row["consumed_samples"] == 8 * row["step"]
+        rate = 8 * 32 / row["seconds"]
+        assert row["tokens_per_second_per_gpu"] == pytest.approx(rate)
+        assert row["mfu"] is None
+        assert row["lr"] > 0 or row["step"] == 20
+    evaluations = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in evaluations] == [10, 20]
+    assert all(set(row) == {"step", "validation_loss"} for row in evaluations)
+
+
+def test_config_yaml_reruns_the_run(toy_tokens: Path, tmp_path: Path, train_here: Train) -> None:
+    train_here(toy_options(toy_tokens, tmp_path / "run"))
+    train_here([str(tmp_path / "run" / "config.yaml"), f"--train.run_dir={tmp_path / 'again'}"])
+    assert curve(tmp_path / "again") == curve(tmp_path / "run")
+    saved = find_checkpoints(tmp_path / "run")[0]
+    recipe = yaml.safe_load((saved / "config.yaml").read_text())
+    assert recipe["model"]["residual_dropout"] == 0.1
+
+
+def test_seeds_differ(toy_tokens: Path, tmp_path: Path, train_here: Train) -> None:
+    """Otherwise the equalities that other tests look for would say nothing."""
+    for seed in (1, 2):
+        train_here(toy_options(toy_tokens, tmp_path / str(seed), train__seed=seed, train__steps=3))
+    first, second = curve(tmp_path / "1"), curve(tmp_path / "2")
+    assert all(first[key] != second[key] for key in first)
+
+
+def test_bf16_follows_fp32(toy_tokens: Path, tmp_path: Path, train_here: Train) -> None:
+    for dtype in ("fp32", "bf16"):
+        train_here(toy_options(toy_tokens, tmp_path / dtype, precision__dtype=dtype))
+    exact, rounded = curve(tmp_path / "fp32"), curve(tmp_path / "bf16")
+    assert exact != rounded
+    for key, values in exact.items():
+        assert rounded[key][0] == pytest.approx(values[0], rel=0.01), key
+
+
+def test_tensorboard_has_the_losses(toy_tokens: Path, tmp_path: Path, train_here: Train) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = toy_options(
+        toy_tokens, tmp_path / "run", logging__tensorboard="true", logging__interval=5
+    )
+    train_here(options)
+    board = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    points = {event.step: event.value for event in board.Scalars("train/loss")}
+    rows = {row["step"]: row["loss"] for row in metrics(tmp_path / "run") if "loss" in row}
+    assert points == {step: pytest.approx(rows[step], rel=1e-6) for step in (1, 5, 10, 15, 20)}
+    assert [event.step for event in board.Scalars("validation/validation_loss")] == [10, 20]
+
+
+def test_permanent_checkpoints_stay(toy_tokens: Path, tmp_path: Path, train_here: Train) -> None:
+    train_here(
+        toy_options(
+            toy_tokens, tmp_path / "run", checkpoint__interval=2, checkpoint__permanent_interval=6
+        )
+    )
+    names = [path.name for path in find_checkpoints(tmp_path / "run")]
+    assert names == [f"step-{step:08d}" for step in (20, 18, 12, 6)]
+    trainer = json.loads((tmp_path / "run" / names[0] / "trainer.json").read_text())
+    assert (trainer["step"], trainer["consumed_samples"]) == (20, 160)
+
+
+def test_separate_validation_files(toy_tokens: Path, tmp_path: Path, train_here: Train) -> None:
+    """Evaluated on its own training data without dropout, the loss is about the training loss."""
+    options = [o for o in toy_options(toy_tokens, tmp_path / "run") if "data.split" not in o]
+    train_here([*options, f"--data.validation={toy_tokens}"])
+    values = curve(tmp_path / "run")
+    assert values[20, "validation"][0] == pytest.approx(values[20, "train"][0], rel=0.1)
+    with pytest.raises(ValueError, match=r"data\.validation and data\.split"):
+        load_recipe([*options, f"--data.validation={toy_tokens}", "--data.split=9,1"])
+
+
+def test_console_line() -> None:
+    row = {
+        "step": 1200, "loss": 2.4131, "grad_norm": 0.42, "lr": 1e-3, "mfu": 0.652,
+        "tokens_per_second_per_gpu": 22400.0, "memory_gib": 61.3, "data_wait": 0.002,
+        "eta_seconds": 51 * 3600.0,
+    }  # fmt: skip
+    assert console_line(row, 24000) == (
+        "step 1200/24000 | loss 2.413 | gnorm 0.42 | lr 1.0e-03 | 22.4k tok/s/gpu | 65.2% MFU | "
+        "61.3 GiB | data 0.2% | eta 2d03h"
+    )
+    unknown = {**row, "mfu": None, "loss": None, "grad_norm": None}
+    assert "loss non-finite, step skipped | gnorm n/a" in console_line(unknown, 24000)
+    assert "n/a MFU" in console_line(unknown, 24000)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.6, "0m05s"), (62, "1m02s"), (3720, "1h02m"), (90000, "1d01h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_counts() -> None:
+    assert [format_count(n) for n in (987, 22400, 1.3e6, 1.418e9)] == [
+        "987",
+        "22.4k",
+        "1.3M",
+        "1.4B",
+    ]
