@@ -45,8 +45,8 @@ else
 fi
 
 say "6/6 complete a prompt"
-megaphi generate "$out/hf-$newest" --prompt "def main():" --max-new-tokens 48 \
-    --temperature 0.5 --top-p 0.9 --seed 2
+megaphi generate "$out/hf-$newest" --prompt $'import os\nimport sys\n\nclass ' \
+    --temperature 0.7 --top-p 0.95 --seed 1 --max-new-tokens 48
 
 say "done"
 cat <<END
