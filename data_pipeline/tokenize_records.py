@@ -46,7 +46,7 @@ from megaphi.data.indexed import (
     optimal_dtype,
     token_file_paths,
 )
-from megaphi.data.sidecar import TokenFileInfo, read_info, write_info
+from megaphi.data.sidecar import TokenFileInfo, read_info, write_info, written_facts
 from megaphi.durable import sync
 from megaphi.errors import RunError
 
@@ -331,20 +331,13 @@ def _join(
                     rejects.write(line)
     shutil.rmtree(tokenizer_path(final), ignore_errors=True)
     tokenizer.save(tokenizer_path(final))
-    paths = token_file_paths(final)
     info = TokenFileInfo(
         tokenizer=tokenizer.name,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
-        num_documents=writer.num_documents,
-        num_sequences=writer.num_sequences,
-        num_tokens=writer.num_tokens,
-        bin_sha256=writer.bin_sha256,
-        idx_sha256=writer.idx_sha256,
-        bin_bytes=paths.bin.stat().st_size,
-        idx_bytes=paths.idx.stat().st_size,
         recipe=recipe,
+        **written_facts(writer),
     )
     write_info(final, info)
     return info

@@ -59,6 +59,20 @@ class TokenFileInfo:
     """How the file was made: free JSON."""
 
 
+def written_facts(writer: IndexedDatasetWriter) -> dict[str, Any]:
+    """Counts, sizes and digests of a finished token file, as fields of a `TokenFileInfo`."""
+    paths = token_file_paths(writer.prefix)
+    return {
+        "num_documents": writer.num_documents,
+        "num_sequences": writer.num_sequences,
+        "num_tokens": writer.num_tokens,
+        "bin_sha256": writer.bin_sha256,
+        "idx_sha256": writer.idx_sha256,
+        "bin_bytes": paths.bin.stat().st_size,
+        "idx_bytes": paths.idx.stat().st_size,
+    }
+
+
 def write_info(prefix: str | Path, info: TokenFileInfo) -> None:
     """Write `<prefix>.json`, complete or not at all, replacing an older one.
 
@@ -289,17 +303,6 @@ def _describe_output(
     writer: IndexedDatasetWriter, source: TokenFileInfo, recipe: dict[str, Any]
 ) -> TokenFileInfo:
     """Write and return the description of a finished token file made from `source`."""
-    paths = token_file_paths(writer.prefix)
-    info = dataclasses.replace(
-        source,
-        num_documents=writer.num_documents,
-        num_sequences=writer.num_sequences,
-        num_tokens=writer.num_tokens,
-        bin_sha256=writer.bin_sha256,
-        idx_sha256=writer.idx_sha256,
-        bin_bytes=paths.bin.stat().st_size,
-        idx_bytes=paths.idx.stat().st_size,
-        recipe=recipe,
-    )
+    info = dataclasses.replace(source, **written_facts(writer), recipe=recipe)
     write_info(writer.prefix, info)
     return info

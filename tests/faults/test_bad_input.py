@@ -11,6 +11,7 @@ import pytest
 from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints
 from megaphi.config import Recipe, load_recipe
 from megaphi.data.indexed import IndexedDatasetWriter
+from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
 from megaphi.errors import RunError, run_main
 from megaphi.parallel.mesh import processes
 from megaphi.train import run
@@ -49,6 +50,38 @@ def test_wrong_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     options = toy_options(prefix, tmp_path / "run", data__split="100,0,0")
     options = [o for o in options if "data.split" not in o]
     fails(options, 1, ["outside the model's vocabulary of 512"], capsys)
+
+
+def described_tokens(prefix: Path, tokenizer: str, vocab_size: int) -> Path:
+    """A token file with a sidecar that names its tokenizer."""
+    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
+        for start in range(50):
+            writer.add_document(list(range(start, start + 100)))
+    info = TokenFileInfo(
+        tokenizer=tokenizer,
+        tokenizer_sha256=tokenizer * 8,
+        vocab_size=vocab_size,
+        eod_id=0,
+        recipe={},
+        **written_facts(writer),
+    )
+    write_info(prefix, info)
+    return prefix
+
+
+def test_tokenizer_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = described_tokens(tmp_path / "wide", "a", 900)
+    fails(toy_options(wide, tmp_path / "run"), 2, ["900 ids", "--model.vocab_size"], capsys)
+    first = described_tokens(tmp_path / "first", "b", 300)
+    second = described_tokens(tmp_path / "second", "c", 300)
+    options = [o for o in toy_options(first, tmp_path / "run") if "split" not in o]
+    words = ["different tokenizers", "first", "second"]
+    fails([*options, f"--data.validation={second}"], 2, words, capsys)
+    assert run_main(run, [*options, "--train.steps=1"]) == 0
+    # another token file under the same name
+    content = first.with_suffix(".bin").read_bytes()
+    first.with_suffix(".bin").write_bytes(content + content)
+    fails([*options, "--train.steps=1"], 1, ["first.bin"], capsys)
 
 
 def test_empty_and_short_corpora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

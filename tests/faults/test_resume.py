@@ -120,3 +120,24 @@ def test_sigterm_saves_and_resumes_bitwise(
     assert f"resuming from {run_dir}/step-{saved:08d}" in done.stdout
     assert curve(run_dir) == curve(straight)
     assert final_tensors(run_dir) == final_tensors(straight)
+
+
+def test_interrupting_exits_130_and_keeps_the_last_checkpoint(
+    toy_tokens: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    options = options_of(toy_tokens, run_dir)
+    process = subprocess.Popen(
+        train_command(options), env=child_environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not find_checkpoints(run_dir):
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    done = run_training(options)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
