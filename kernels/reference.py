@@ -35,13 +35,14 @@ class DropoutSeed:
 
 
 def philox_4x32(
-    seed: int, counter: tuple[Tensor, int, int, int], rounds: int = 7
+    seed: int, counter: tuple[Tensor, Tensor | int, int, int], rounds: int = 7
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32 (Salmon et al., SC11, "Parallel random numbers: as easy as 1, 2, 3").
 
     Args:
         seed: 64-bit key; the low word is the first key word.
-        counter: four 32-bit counter words; the first is an int64 tensor of any shape.
+        counter: four 32-bit counter words; the first is an int64 tensor of any shape, the second
+            a number or a tensor like it.
         rounds: 7 is the fewest that pass BigCrush, 10 the authors' default.
 
     Returns:
@@ -49,7 +50,8 @@ def philox_4x32(
     """
     key = [seed & _WORD, (seed >> 32) & _WORD]
     c0 = counter[0] & _WORD
-    c1, c2, c3 = (torch.full_like(c0, word & _WORD) for word in counter[1:])
+    c1 = torch.zeros_like(c0) + (counter[1] & _WORD)
+    c2, c3 = (torch.full_like(c0, word & _WORD) for word in counter[2:])
     for _ in range(rounds):
         # int64 products wrap, but their low 64 bits are those of the unsigned product
         product0 = c0 * _PHILOX_MULTIPLIERS[0]
@@ -86,10 +88,9 @@ def dropout_masks(
     """
     rows, elements = shape
     groups = (elements + 3) // 4
-    first = dropout.first_token * groups
-    index = torch.arange(rows * groups, dtype=torch.int64, device=device) + (first & _WORD)
-    assert (first & _WORD) + rows * groups < 2**32, "a micro-batch crosses a counter word"
-    words = philox_4x32(dropout.seed, (index, first >> 32, site, dropout.step))
+    index = torch.arange(rows * groups, dtype=torch.int64, device=device)
+    index += dropout.first_token * groups
+    words = philox_4x32(dropout.seed, (index, index >> 32, site, dropout.step))
     word = torch.stack(words, dim=-1).view(rows, groups * 4)[:, :elements]
     threshold = dropout_threshold(probability)
     scale = 65536.0 / (65536.0 - threshold)

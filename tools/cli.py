@@ -18,6 +18,7 @@ VERBS = {
     "convert": ("tools.convert", "to and from Hugging Face model directories"),
     "generate": ("tools.generate", "complete a prompt with a trained model"),
     "inspect": ("tools.inspect", "say what a token file, checkpoint or run is, and verify it"),
+    "doctor": ("tools.doctor", "what this machine has, what a run would use of it, and why"),
     "bench": ("tools.bench", "measure: data"),
 }
 

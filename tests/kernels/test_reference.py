@@ -115,6 +115,18 @@ def test_dropout_masks_depend_on_position_not_on_the_cut() -> None:
         )
 
 
+def test_dropout_masks_beyond_32_bits_of_position() -> None:
+    """A step of phi-1 has more attention probabilities than a counter word can number."""
+    groups = 2**20
+    first_token = 2**12 - 1  # the second row starts at index 2^32
+    seed = DropoutSeed(seed=1, step=2, first_token=first_token)
+    mask, _ = dropout_masks(torch.Size((2, 4 * groups)), 0.5, seed, 3, CPU)
+    words = philox_4x32(1, (torch.arange(2), 1, 3, 2))
+    expected = [float(int(words[k][g]) & 0xFFFF >= 32768) * 2 for g in range(2) for k in range(4)]
+    assert mask[1, :8].tolist() == expected
+    assert not torch.equal(mask[0], mask[1])
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.25])
 def test_block_end_equals_float64_formula(probability: float) -> None:
     torch.manual_seed(0)

