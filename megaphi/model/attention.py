@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels import DropoutSeed, dropout_masks
 
@@ -63,11 +64,37 @@ def attention(
         return F.scaled_dot_product_attention(
             query_bhqk, key_bhsk, value_bhsk, attn_mask=visible_bhqs
         )
-    assert dropout is not None
+    # the q x s intermediates of all layers together would not fit in memory: backward makes them
+    # again
+    attended_bhqk: Tensor = checkpoint(
+        _plain_attention,
+        query_bhqk,
+        key_bhsk,
+        value_bhsk,
+        visible_bhqs,
+        probability,
+        dropout,
+        site,
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    return attended_bhqk
+
+
+def _plain_attention(
+    query_bhqk: Tensor,
+    key_bhsk: Tensor,
+    value_bhsk: Tensor,
+    visible_bhqs: Tensor,
+    probability: float,
+    dropout: DropoutSeed,
+    site: int,
+) -> Tensor:
+    """Attention by its formula in fp32, with masks drawn from the global position."""
     scores_bhqs = query_bhqk.float() @ key_bhsk.float().transpose(-1, -2)
     scores_bhqs = scores_bhqs / math.sqrt(query_bhqk.shape[-1])
     weights_bhqs = scores_bhqs.masked_fill(~visible_bhqs, float("-inf")).softmax(dim=-1)
-    batch, heads, _, _ = scores_bhqs.shape
+    batch, heads, num_queries, num_keys = scores_bhqs.shape
     rows = torch.Size((batch * num_queries, heads * num_keys))
     mask, _ = dropout_masks(rows, probability, dropout, site, query_bhqk.device)
     mask_bhqs = mask.view(batch, num_queries, heads, num_keys).transpose(1, 2)
