@@ -220,7 +220,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Scale the gradients that the forward pass made."""
-        scaled = (gradient * grad_loss.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        # multiplied in fp32: one over the tokens of a step, rounded to bf16, is off by up to 0.4%
+        scaled = ((g.float() * grad_loss).to(g.dtype) for g in ctx.saved_tensors)
         return (*scaled, None, None)
 
 

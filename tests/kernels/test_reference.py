@@ -206,6 +206,20 @@ def test_linear_cross_entropy_in_bf16_sums_weight_gradients_in_fp32() -> None:
     assert float(error) < 0.01
 
 
+def test_linear_cross_entropy_scales_bf16_gradients_exactly() -> None:
+    """1 / 120 is 0.3% off as a bf16 number; the gradients must not be."""
+    torch.manual_seed(0)
+    weight, labels = torch.randn(40, 16).bfloat16(), torch.randint(0, 40, (64,))
+    x, bias = torch.randn(64, 16).bfloat16(), torch.zeros(40).bfloat16()
+    gradients = []
+    for scale in (1.0, 1 / 120):
+        w = weight.clone().requires_grad_()
+        (linear_cross_entropy(x, w, bias, labels) * scale).backward()
+        gradients.append(w.grad.double())
+    ratio = float((gradients[1] * gradients[0]).sum() / gradients[0].square().sum())
+    assert ratio * 120 == pytest.approx(1.0, abs=1e-3)
+
+
 def adamw_pair(decay: float, clip_scale: float, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same updates by ours in fp32 and by PyTorch's AdamW in float64."""
     torch.manual_seed(0)
