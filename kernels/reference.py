@@ -148,25 +148,36 @@ def bias_dropout_add_layer_norm(
     return layer_norm(residual_btd, weight_d, bias_d, epsilon), residual_btd
 
 
-def rotary(x_bthk: Tensor, cosine_tr: Tensor, sine_tr: Tensor) -> Tensor:
-    """Rotary position embedding of the first 2r elements of each head, half-rotation form.
+def rotary_packed(qkv_bthck: Tensor, cosine_tr: Tensor, sine_tr: Tensor) -> Tensor:
+    """Rotary position embedding of the queries and keys inside a packed projection.
 
-    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) with x1 the first r elements and x2 the next r
-    (Su et al., arXiv 2104.09864, in the element order of GPT-NeoX and Hugging Face's Phi).
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) with x1 the first r elements of a head and x2 the
+    next r (Su et al., arXiv 2104.09864, in the element order of GPT-NeoX and Hugging Face's Phi).
+    The other elements of the queries and keys, and all values, stay.
 
     Args:
-        x_bthk: queries or keys.
+        qkv_bthck: packed projection, c = 3. A faster implementation may write the result over it:
+            do not use it afterwards.
         cosine_tr: fp32 cosines of position x frequency, [t, r] or [b, t, r].
         sine_tr: fp32 sines, likewise.
 
     Returns:
-        A tensor like `x_bthk`; the arithmetic is fp32.
+        A tensor like `qkv_bthck`; the arithmetic is fp32.
     """
-    half = cosine_tr.shape[-1]
-    x1, x2 = x_bthk[..., :half].float(), x_bthk[..., half : 2 * half].float()
+    size, half = qkv_bthck.shape[-1], cosine_tr.shape[-1]
     cosine, sine = cosine_tr.unsqueeze(-2), sine_tr.unsqueeze(-2)
-    turned = torch.cat((x1 * cosine - x2 * sine, x2 * cosine + x1 * sine), dim=-1)
-    return torch.cat((turned.to(x_bthk.dtype), x_bthk[..., 2 * half :]), dim=-1)
+
+    def turn(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        x1, x2 = x1.float(), x2.float()
+        y1, y2 = x1 * cosine - x2 * sine, x2 * cosine + x1 * sine
+        return y1.to(qkv_bthck.dtype), y2.to(qkv_bthck.dtype)
+
+    # one split and one concatenation, of a head's three parts side by side: autograd runs backward
+    # through them in one copy each
+    sizes = [half, half, size - 2 * half, half, half, 2 * size - 2 * half]
+    q1, q2, q_rest, k1, k2, k_rest_and_v = torch.split(qkv_bthck.flatten(-2), sizes, dim=-1)
+    parts = (*turn(q1, q2), q_rest, *turn(k1, k2), k_rest_and_v)
+    return torch.cat(parts, dim=-1).view_as(qkv_bthck)
 
 
 def bias_gelu(x_btf: Tensor, bias_f: Tensor) -> Tensor:

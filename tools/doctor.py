@@ -8,9 +8,12 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaphi import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 # module that shows that a package is usable -> the distribution whose version is reported. NVIDIA's
 # apex is known by its extension: another project has that name on the package index.
@@ -102,13 +105,25 @@ def choices() -> dict[str, str]:
         "in hardware",
         "attention": "PyTorch's scaled_dot_product_attention, which picks its backend"
         + ("" if cuda else "; with attention dropout the plain formula, so that masks are exact"),
-        "operations": "plain PyTorch definitions (kernels/reference.py)",
+        "operations": describe_operations(device),
         "tokenizing": (
             "gigatoken, if it gives the ids of `tokenizers` on a sample, checked at every start"
             if importlib.util.find_spec("gigatoken") is not None
             else "tokenizers: gigatoken is not installed"
         ),
     }
+
+
+def describe_operations(device: "torch.device") -> str:
+    """Which implementation of the training step's operations would run."""
+    from kernels.dispatch import use_triton
+
+    try:
+        if use_triton(device):
+            return "Triton kernels, as MEGAPHI_KERNELS=triton asks; no GPU has measured them yet"
+    except (RuntimeError, ValueError) as error:
+        return f"none: {error}"
+    return "plain PyTorch definitions; MEGAPHI_KERNELS=triton runs the Triton kernels on a GPU"
 
 
 def examine() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import DropoutSeed, dropout_masks
+from kernels.ops import DropoutSeed, dropout_masks
 
 
 def attention(

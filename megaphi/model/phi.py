@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from kernels import DropoutSeed
+from kernels import ops
+from kernels.ops import DropoutSeed
 from megaphi.config import Model
 from megaphi.model.attention import attention
 from megaphi.model.rotary import rotary_tables
@@ -65,7 +65,9 @@ class Embedding(nn.Module):
     def forward(self, tokens_bt: Tensor) -> tuple[Tensor, Tensor]:
         """Return LayerNorm_0(r_0) and r_0, both [b, t, d]."""
         residual_btd = self.tokens(tokens_bt)
-        return self.norm(residual_btd), residual_btd
+        norm = self.norm
+        normed_btd = ops.layer_norm(residual_btd, norm.weight, norm.bias, norm.eps)
+        return normed_btd, residual_btd
 
 
 class Block(nn.Module):
@@ -96,9 +98,9 @@ class Block(nn.Module):
         """Return LayerNorm_{i+1}(r_{i+1}) and r_{i+1}, both [b, t, d]."""
         attended_btd = self.attend(normed_btd, positions, dropout, cache)
         attention_btd = F.linear(attended_btd, self.out.weight)
-        hidden_btf = kernels.bias_gelu(F.linear(normed_btd, self.fc1.weight), self.fc1.bias)
+        hidden_btf = ops.bias_gelu(F.linear(normed_btd, self.fc1.weight), self.fc1.bias)
         mlp_btd = F.linear(hidden_btf, self.fc2.weight)
-        return kernels.bias_dropout_add_layer_norm(
+        return ops.bias_dropout_add_layer_norm(
             attention_btd,
             self.out.bias,
             mlp_btd,
@@ -123,7 +125,6 @@ class Block(nn.Module):
         config = self.config
         batch, time, _ = normed_btd.shape
         qkv_bthck = self.qkv(normed_btd).view(batch, time, config.num_heads, 3, config.head_size)
-        query, key, value = qkv_bthck.unbind(dim=3)
         cosine, sine = rotary_tables(
             config.max_sequence_length, config.rotary_dim, config.rotary_base, normed_btd.device
         )
@@ -131,8 +132,9 @@ class Block(nn.Module):
             cosine, sine = cosine[:time], sine[:time]
         else:
             cosine, sine = cosine[positions], sine[positions]
-        query_bhtk = kernels.rotary(query, cosine, sine).transpose(1, 2)
-        key_bhsk = kernels.rotary(key, cosine, sine).transpose(1, 2)
+        # unbound before they are transposed, so that their gradients come back in packed order
+        query, key, value = ops.rotary_packed(qkv_bthck, cosine, sine).unbind(dim=3)
+        query_bhtk, key_bhsk = query.transpose(1, 2), key.transpose(1, 2)
         value_bhsk, key_mask_bs = value.transpose(1, 2), None
         if cache is not None:
             key_bhsk, value_bhsk, key_mask_bs = cache.extend(key_bhsk, value_bhsk)
@@ -155,7 +157,7 @@ class Head(nn.Linear):
         """Logits [b, t, v], or with labels the fp32 sum of the tokens' losses."""
         if labels_bt is None:
             return F.linear(normed_btd, self.weight, self.bias)
-        return kernels.linear_cross_entropy(
+        return ops.linear_cross_entropy(
             normed_btd.flatten(0, 1), self.weight, self.bias, labels_bt.flatten()
         )
 

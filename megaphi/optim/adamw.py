@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-import kernels
+from kernels import ops
 from megaphi.config import Optimizer
 from megaphi.parallel.mesh import Mesh
 
@@ -55,7 +55,7 @@ class AdamW:
         count = self.updates.clamp(min=1.0)
         for decays in (True, False):
             names = [n for n, p in self.parameters.items() if (p.dim() > 1) is decays]
-            kernels.adamw_step_(
+            ops.adamw_step_(
                 [local(self.parameters[name]) for name in names],
                 [local(self.gradient(name)) for name in names],
                 [local(self.first_moments[name]) for name in names],
@@ -81,7 +81,7 @@ class AdamW:
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients over all processes, fp32 scalar on the device."""
-        squares = kernels.sum_of_squares([local(self.gradient(name)) for name in self.parameters])
+        squares = ops.sum_of_squares([local(self.gradient(name)) for name in self.parameters])
         return self.mesh.sum_(squares).sqrt()
 
     def state_tensors(self) -> dict[str, Tensor]:

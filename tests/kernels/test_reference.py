@@ -17,7 +17,7 @@ from kernels.reference import (
     dropout_masks,
     linear_cross_entropy,
     philox_4x32,
-    rotary,
+    rotary_packed,
     sum_of_squares,
 )
 from tests.helpers import child_environment
@@ -153,15 +153,32 @@ def test_block_end_equals_float64_formula(probability: float) -> None:
         torch.testing.assert_close(value.grad.double(), double.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_rotary_equals_complex_rotation() -> None:
+@pytest.mark.parametrize("half", [1, 3, 5])
+def test_rotary_equals_complex_rotation(half: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 7, 3, 10)
-    angles = torch.randn(7, 3).double()
-    turned = rotary(x, angles.cos().float(), angles.sin().float()).double()
-    z = torch.complex(x[..., :3].double(), x[..., 3:6].double())
-    z = z * torch.polar(torch.ones_like(angles), angles)[:, None, :]
-    expected = torch.cat((z.real, z.imag, x[..., 6:].double()), dim=-1)
-    torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-6)
+    x = torch.randn(2, 7, 4, 3, 10)
+    for shape in ((7, half), (2, 7, half)):
+        angles = torch.randn(shape).double()
+        turned = rotary_packed(x, angles.cos().float(), angles.sin().float()).double()
+        z = torch.complex(x[..., :half].double(), x[..., half : 2 * half].double())
+        z = z * torch.polar(torch.ones_like(angles), angles)[..., None, None, :]
+        expected = torch.cat((z.real, z.imag, x[..., 2 * half :].double()), dim=-1)
+        expected[:, :, :, 2] = x[:, :, :, 2].double()
+        torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(turned[:, :, :, 2], x[:, :, :, 2].double())
+
+
+def test_rotary_turns_the_gradient_back() -> None:
+    """A rotation keeps scalar products, so its backward is the rotation by the opposite angles."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+    angles = torch.randn(5, 3)
+    upstream = torch.randn_like(x)
+    rotary_packed(x, angles.cos(), angles.sin()).backward(upstream)
+    back = rotary_packed(upstream, angles.cos(), -angles.sin())
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(x.grad, back, rtol=2**-7, atol=1e-2)
 
 
 def test_bias_gelu_equals_its_formula() -> None:

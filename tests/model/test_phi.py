@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import DropoutSeed
+from kernels.ops import DropoutSeed
 from megaphi.config import Model
 from megaphi.model.attention import attention, causal_mask
 from megaphi.model.init import initial_value, initialize

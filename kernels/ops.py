@@ -1,0 +1,63 @@
+"""The operations of the training step, as the model calls them.
+
+Each has the name, the signature and the result of its plain definition in `kernels.reference`.
+Which implementation runs is decided call by call by `kernels.dispatch.use_triton`; Triton is
+imported only where it runs.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from kernels import reference
+from kernels.dispatch import use_triton
+from kernels.reference import DropoutSeed, dropout_masks
+
+__all__ = [
+    "DropoutSeed",
+    "adamw_step_",
+    "bias_dropout_add_layer_norm",
+    "bias_gelu",
+    "dropout_masks",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rotary_packed",
+    "sum_of_squares",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@functools.cache
+def _triton_version(file: str, name: str) -> Callable[..., Any]:
+    """The function `name` of `kernels/<file>.py`."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"kernels.{file}"), name)
+    return function
+
+
+def _operation(plain: Callable[P, R], file: str) -> Callable[P, R]:
+    """`plain`, or where Triton is to run the function of the same name in `kernels/<file>.py`."""
+
+    @functools.wraps(plain)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        tensor = first[0] if isinstance(first, list) and first else first
+        if isinstance(tensor, Tensor) and use_triton(tensor.device):
+            result: R = _triton_version(file, plain.__name__)(*args, **kwargs)
+            return result
+        return plain(*args, **kwargs)
+
+    return run
+
+
+layer_norm = _operation(reference.layer_norm, "layer_norm")
+bias_dropout_add_layer_norm = _operation(reference.bias_dropout_add_layer_norm, "block_end")
+rotary_packed = _operation(reference.rotary_packed, "rotary")
+bias_gelu = _operation(reference.bias_gelu, "bias_gelu")
+linear_cross_entropy = _operation(reference.linear_cross_entropy, "cross_entropy")
+adamw_step_ = _operation(reference.adamw_step_, "adamw")
+sum_of_squares = _operation(reference.sum_of_squares, "adamw")
