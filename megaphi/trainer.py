@@ -63,6 +63,7 @@ class Trainer:
         self.token_files = check_token_files(recipe)
         self.first_pass = train_dataset(recipe, 0)
         self.validation = validation_dataset(recipe)
+        self.data_order = data_order(recipe, self.token_files)
         self.num_validation_batches = self.count_validation_batches()
         self.checkpoints = CheckpointManager(recipe, mesh)
         self.stop = StopRequest()
@@ -178,7 +179,7 @@ class Trainer:
             "consumed_samples": self.step_number * self.recipe.train.global_batch_size,
             "optimizer_updates": int(self.optimizer.updates.item()),
             "nonfinite_in_a_row": self.reporter.nonfinite_in_a_row,
-            "data_order": data_order(self.recipe, self.token_files),
+            "data_order": self.data_order,
             "environment": environment(self.mesh, self.dtype),
         }
         self.checkpoints.save(self.step_number, self.state_tensors(), state)
@@ -192,7 +193,7 @@ class Trainer:
         else:
             check_same_model(recipe.model, found)
             state = self.checkpoints.load(found, self.state_tensors())
-            check_same_order(state["data_order"], data_order(recipe, self.token_files), found)
+            check_same_order(state["data_order"], self.data_order, found)
             self.step_number = state["step"]
             self.reporter.nonfinite_in_a_row = state["nonfinite_in_a_row"]
             self.optimizer.updates.fill_(state["optimizer_updates"])

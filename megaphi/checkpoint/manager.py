@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +35,8 @@ from megaphi.checkpoint.manifest import (
     verify_files,
     write_manifest,
 )
+from megaphi.checkpoint.tokenizer_files import copy_tokenizer
+from megaphi.checkpoint.weights import write_model_config
 from megaphi.config import Recipe
 from megaphi.durable import sync, write_durably
 from megaphi.errors import RunError
@@ -196,15 +197,14 @@ class CheckpointManager:
         trainer_state: dict[str, Any],
     ) -> None:
         """Add the small files and the manifest, and publish."""
-        model = asdict(self.recipe.model)
-        (temporary / "model.json").write_text(json.dumps(model, indent=1), encoding="utf-8")
+        write_model_config(temporary, self.recipe.model)
         (temporary / "trainer.json").write_text(
             json.dumps(trainer_state, indent=1), encoding="utf-8"
         )
         (temporary / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         tokenizer = self.run_dir / "tokenizer"
         if tokenizer.is_dir():
-            shutil.copytree(tokenizer, temporary / "tokenizer")
+            copy_tokenizer(tokenizer, temporary / "tokenizer")
         write_manifest(temporary, digests, {"step": step, "processes": self.mesh.data_size})
         publish(temporary, final)
         write_durably(self.run_dir / "latest", final.name + "\n")
@@ -225,8 +225,7 @@ class CheckpointManager:
             manifest = read_manifest(directory)
             check_strangers(directory, manifest)
             names = sorted(manifest["files"])
-            group = self.mesh.gather(None)
-            verify_files(directory, manifest, names[self.mesh.rank :: len(group)])
+            verify_files(directory, manifest, names[self.mesh.rank :: self.mesh.size])
         except (CheckpointError, OSError) as error:
             problem = str(error)
         return next((text for text in self.mesh.gather(problem) if text is not None), None)

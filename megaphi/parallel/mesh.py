@@ -32,6 +32,11 @@ class Mesh:
         return dist.get_rank()
 
     @property
+    def size(self) -> int:
+        """Number of processes."""
+        return dist.get_world_size()
+
+    @property
     def is_main(self) -> bool:
         """Whether this process reports and publishes."""
         return self.rank == 0
