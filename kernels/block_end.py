@@ -13,7 +13,7 @@ dropout three) fp32 sums in registers; partial sums [programs, d] are added in a
 
 Dropout: Philox-4x32-7 with the run's seed as key; one call makes four words for four neighbouring
 elements of both masks, mask a from the low 16 bits of a word, mask b from the high ones. Counter:
-(first_token + row) ceil(d / 4) + element / 4 in two words, site, step, as in
+(first_token + token of the row) ceil(d / 4) + element / 4 in two words, site, step, as in
 `kernels.reference.dropout_masks`. The place in the run comes in as host numbers, so a captured CUDA
 graph would replay one step's masks. Without dropout none of this is compiled in.
 
@@ -55,6 +55,7 @@ def dropout_row(  # type: ignore[no-untyped-def]
     step,
     site,
     first_token,
+    tokens_ptr,
     threshold: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,
@@ -62,7 +63,12 @@ def dropout_row(  # type: ignore[no-untyped-def]
     """Scaled masks a and b of one row, fp32 [block]; 0 where dropped."""
     groups: tl.constexpr = (width + 3) // 4
     scale: tl.constexpr = 65536.0 / (65536 - threshold)
-    first = (tl.cast(first_token, tl.int64) + row) * groups
+    token = tl.cast(first_token, tl.int64)
+    if tokens_ptr is None:
+        token += row
+    else:
+        token += tl.load(tokens_ptr + row)
+    first = token * groups
     index = first + tl.arange(0, block // 4)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     zero = low * 0
@@ -103,6 +109,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     step: tl.int64,
     site: tl.int64,
     first_token: tl.int64,
+    tokens_ptr,
     threshold: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,
@@ -119,7 +126,9 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     attention = attention.to(tl.float32) + attention_bias.to(tl.float32)
     mlp = mlp.to(tl.float32) + mlp_bias.to(tl.float32)
     if threshold > 0:
-        mask_a, mask_b = dropout_row(row, seed, step, site, first_token, threshold, width, block)
+        mask_a, mask_b = dropout_row(
+            row, seed, step, site, first_token, tokens_ptr, threshold, width, block
+        )
         attention *= mask_a
         mlp *= mask_b
     # the statistics are those of the rounded sum, which the backward reads
@@ -153,6 +162,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     step: tl.int64,
     site: tl.int64,
     first_token: tl.int64,
+    tokens_ptr,
     threshold: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,
@@ -184,7 +194,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(dresidual_ptr + row * width + columns, total, mask=inside)
         if threshold > 0:
             mask_a, mask_b = dropout_row(
-                row, seed, step, site, first_token, threshold, width, block
+                row, seed, step, site, first_token, tokens_ptr, threshold, width, block
             )
             dattention, dmlp = mask_a * total, mask_b * total
             tl.store(dattention_ptr + row * width + columns, dattention, mask=inside)
@@ -212,11 +222,13 @@ def _forward(
     bias_d: Tensor,
     epsilon: float,
     place: list[int],
+    tokens_n: Tensor | None,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y and r [b, t, d] in the inputs' dtype, and fp32 mean and rstd [b, t].
 
-    `place` is seed, step, site and first token; `threshold` 0 means no dropout.
+    `place` is seed, step, site and first token, `tokens_n` as in `DropoutSeed`; `threshold` 0
+    means no dropout.
     """
     attention_nd, mlp_nd, residual_nd = map(as_rows, (attention_btd, mlp_btd, residual_btd))
     outputs = _empty_outputs(residual_btd)
@@ -235,6 +247,7 @@ def _forward(
                 *(x_nd.stride(0) for x_nd in (attention_nd, mlp_nd, residual_nd)),
                 epsilon,
                 *place,
+                tokens_n,
                 threshold,
                 width,
                 block_size(width),
@@ -259,6 +272,7 @@ def _backward(
     mean_bt: Tensor,
     rstd_bt: Tensor,
     place: list[int],
+    tokens_n: Tensor | None,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dresidual, dattention, dmlp [b, t, d] and fp32 sums [3 or 4, d].
@@ -288,6 +302,7 @@ def _backward(
             rows,
             rows_per_program,
             *place,
+            tokens_n,
             threshold,
             width,
             block_size(width),
@@ -334,27 +349,29 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep r, which the next block keeps too, two fp32 numbers a row, and the place of the mask."""
     _, r_btd, mean_bt, rstd_bt = output
-    ctx.dropout = inputs[8:]
+    ctx.place, tokens_n, ctx.threshold = inputs[8:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean_bt, rstd_bt)
-    ctx.save_for_backward(r_btd, inputs[5], mean_bt, rstd_bt)
+    ctx.save_for_backward(r_btd, inputs[5], mean_bt, rstd_bt, tokens_n)
 
 
 def _gradients(
     ctx: Any, backward: Any, dy_btd: Tensor | None, dr_btd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs of `_forward`, through `backward`: the body or the operator."""
-    r_btd, weight_d = ctx.saved_tensors[:2]
+    *saved, tokens_n = ctx.saved_tensors
+    r_btd, weight_d = saved[:2]
     if dy_btd is None:
         dy_btd = torch.zeros_like(r_btd)
-    dresidual, dattention, dmlp, sums = backward(dy_btd, dr_btd, *ctx.saved_tensors, *ctx.dropout)
+    place = (ctx.place, tokens_n, ctx.threshold)
+    dresidual, dattention, dmlp, sums = backward(dy_btd, dr_btd, *saved, *place)
     dweight, dbias, *branch_biases = sums.to(weight_d.dtype).unbind()
-    if ctx.dropout[1] == 0:
+    if ctx.threshold == 0:
         dattention = dmlp = dresidual
     # without dropout both biases have one gradient
     dbias_a, dbias_b = branch_biases[0], branch_biases[-1]
     gradients = (dattention, dbias_a, dmlp, dbias_b, dresidual, dweight, dbias)
-    return (*gradients, None, None, None)
+    return (*gradients, None, None, None, None)
 
 
 class _BlockEnd(torch.autograd.Function):
@@ -418,13 +435,13 @@ def bias_dropout_add_layer_norm(
     threshold = 0 if dropout is None else dropout_threshold(probability)
     if not 0 <= threshold < 65536:
         raise ValueError(f"dropout probability {probability}: must be at least 0 and below 1")
-    place = [0, 0, 0, 0]
+    place, tokens_n = [0, 0, 0, 0], None
     if dropout is not None and threshold > 0:
         # an operator's integers are signed 64-bit; the key keeps its bits
         seed = dropout.seed - 2**64 if dropout.seed >= 2**63 else dropout.seed
-        place = [seed, dropout.step, site, dropout.first_token]
+        place, tokens_n = [seed, dropout.step, site, dropout.first_token], dropout.tokens_n
     rows_and_biases = (attention_btd, attention_bias_d, mlp_btd, mlp_bias_d, residual_btd)
-    inputs = (*rows_and_biases, weight_d, bias_d, epsilon, place, threshold)
+    inputs = (*rows_and_biases, weight_d, bias_d, epsilon, place, tokens_n, threshold)
     y_btd: Tensor
     r_btd: Tensor
     if torch.compiler.is_compiling():

@@ -43,6 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import launching_on
+from kernels.matmul import add_product_
 
 BLOCK = 8192
 """Logits a program holds at a time; fewer where the vocabulary is smaller."""
@@ -50,9 +51,6 @@ NUM_WARPS = 16
 """For a whole block. 39 registers a thread let 3 programs share a multiprocessor: 33 MB of phi-1's
 rows in flight on an A100 (40 MB of L2) and 40 MB on an H100 or H200 (50 MB), which the second pass
 can find in L2. With 8 warps 4 programs fit, and the rows in flight no longer do."""
-
-# beta = 1 into an fp32 `out` from narrow factors: an overload of CUDA builds of PyTorch only
-HAS_ADDMM_TO_FP32 = hasattr(torch.ops.aten.addmm, "dtype_out") and torch.version.hip is None
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -129,16 +127,6 @@ def cross_entropy_(
         )
 
 
-def _add_weight_gradient_(grad_weight_vd: Tensor, grad_nv: Tensor, x_nd: Tensor) -> None:
-    """`grad_weight_vd += grad_nv^T x_nd` in fp32."""
-    if x_nd.dtype == torch.float32:
-        grad_weight_vd.addmm_(grad_nv.t(), x_nd)
-    elif HAS_ADDMM_TO_FP32 and x_nd.is_cuda and x_nd.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(grad_weight_vd, grad_nv.t(), x_nd, out_dtype=torch.float32, out=grad_weight_vd)
-    else:
-        grad_weight_vd += grad_nv.t() @ x_nd
-
-
 def _loss_and_gradients(
     x_nd: Tensor,
     weight_vd: Tensor,
@@ -166,7 +154,7 @@ def _loss_and_gradients(
         if with_gradients:
             grad_bias_v += chunk_nv.sum(dim=0, dtype=torch.float32)
             torch.mm(chunk_nv, weight_vd, out=grad_x_nd[rows])
-            _add_weight_gradient_(grad_weight_vd, chunk_nv, x_nd[rows])
+            add_product_(grad_weight_vd, chunk_nv.t(), x_nd[rows])
     return (
         losses_n.sum(),
         grad_x_nd,

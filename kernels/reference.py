@@ -32,6 +32,8 @@ class DropoutSeed:
     """Optimizer step, below 2^32."""
     first_token: int
     """Position of the micro-batch's first token among all tokens of the step."""
+    tokens_n: Tensor | None = None
+    """int64 [n]: tokens from the first to each row's; 0 … n - 1 when not given."""
 
 
 def philox_4x32(
@@ -79,7 +81,7 @@ def dropout_masks(
     Args:
         shape: [n, m]; m is rounded up to a multiple of four for the numbering.
         probability: share of elements to drop, rounded to a multiple of 2^-16.
-        dropout: place of row 0 in the run.
+        dropout: place of the rows in the run.
         site: which dropout of the model this is.
         device: where the masks are made.
 
@@ -88,7 +90,11 @@ def dropout_masks(
     """
     rows, elements = shape
     groups = (elements + 3) // 4
-    index = torch.arange(rows * groups, dtype=torch.int64, device=device)
+    if dropout.tokens_n is None:
+        index = torch.arange(rows * groups, dtype=torch.int64, device=device)
+    else:
+        index = dropout.tokens_n[:, None] * groups + torch.arange(groups, device=device)
+        index = index.flatten()
     index += dropout.first_token * groups
     words = philox_4x32(dropout.seed, (index, index >> 32, site, dropout.step))
     word = torch.stack(words, dim=-1).view(rows, groups * 4)[:, :elements]

@@ -8,15 +8,12 @@ ours.
 """
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     """Raise a `ValueError` with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
@@ -26,14 +23,14 @@ def _require_positive(section: str, values: object, names: Sequence[str]) -> Non
     """Raise a `ValueError` that names the first of `names` whose value is not above zero."""
     for name in names:
         value = getattr(values, name)
-        _require(value > 0, f"{section}.{name} must be positive, not {value}")
+        require(value > 0, f"{section}.{name} must be positive, not {value}")
 
 
 def _require_fraction(section: str, values: object, names: Sequence[str]) -> None:
     """Raise a `ValueError` that names the first of `names` whose value is outside [0, 1)."""
     for name in names:
         value = getattr(values, name)
-        _require(0.0 <= value < 1.0, f"{section}.{name} must be in [0, 1), not {value}")
+        require(0.0 <= value < 1.0, f"{section}.{name} must be in [0, 1), not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +66,19 @@ class Model:
         names = ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_sequence_length")
         _require_positive("model", self, names)
         _require_positive("model", self, ("layer_norm_epsilon", "rotary_base"))
-        _require(self.ffn_size > 0, f"model.intermediate_size={self.ffn_size} must be positive")
+        require(self.ffn_size > 0, f"model.intermediate_size={self.ffn_size} must be positive")
         _require_fraction("model", self, ("residual_dropout", "attention_dropout"))
-        _require(
+        require(
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size={self.hidden_size} is not a multiple of "
             f"model.num_heads={self.num_heads}",
         )
-        _require(
+        require(
             self.hidden_size % 4 == 0,
             f"model.hidden_size={self.hidden_size} must be a multiple of 4 (dropout is drawn for "
             "four elements at a time)",
         )
-        _require(
+        require(
             0.0 < self.rotary_fraction <= 1.0 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
             f"model.rotary_fraction={self.rotary_fraction} turns {self.rotary_dim} of "
             f"{self.head_size} elements of a head; that must be an even number above zero",
@@ -119,7 +116,7 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "context"):
             value = getattr(self, name)
-            _require(
+            require(
                 value == 1,
                 f"parallel.{name}={value} is not built yet; use 1 (data parallelism needs no key: "
                 "start more processes with torchrun)",
@@ -130,8 +127,38 @@ class Parallel:
 class Precision:
     """Number format of the compute; master weights, moments and reductions are always fp32."""
 
-    dtype: Literal["auto", "fp32", "bf16"] = "bf16"
-    """fp32, bf16, or auto: bf16 where the device computes it natively, else fp32."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8", "fp8-auto"] = "bf16"
+    """fp32, bf16, fp16 (dynamic loss scale), fp8 (bf16 around it), fp8-auto: fp8 where the device
+    has it, else bf16, or auto: bf16 where the device computes it natively, else fp32."""
+    fp8_backend: Literal["auto", "native", "te"] = "auto"
+    """native: torch._scaled_mm and our casts; te: Transformer Engine; auto: native."""
+    fp8_scaling: Literal["current", "delayed"] = "current"
+    """Scale of a tensor from its own largest value, or from those of the steps before."""
+    fp8_layers: list[str] = field(default_factory=lambda: ["qkv", "fc1", "fc2"])
+    """Linear layers of a block that run in fp8: some of qkv, out, fc1, fc2."""
+    initial_loss_scale: float = 2.0**24
+    """fp16: factor at the start on the loss, which is the mean over the global batch."""
+    loss_scale_interval: int = 1000
+    """fp16: steps without an overflow after which the factor is doubled."""
+
+    def __post_init__(self) -> None:
+        known = ("qkv", "out", "fc1", "fc2")
+        for layer in self.fp8_layers:
+            require(layer in known, f"precision.fp8_layers: {layer} is not one of {known}")
+        _require_positive("precision", self, ("initial_loss_scale", "loss_scale_interval"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the step is computed; the loss does not depend on it, up to rounding."""
+
+    attention: Literal["auto", "flash4", "flash3", "flash2", "te", "cudnn", "flash", "plain"] = (
+        "auto"
+    )
+    """Attention kernel: flash-attn 4, 3 or 2, Transformer Engine, PyTorch's cuDNN or flash, the
+    plain formula, or auto: the fastest that can do what the recipe needs."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +183,7 @@ class Optimizer:
         _require_fraction("optimizer", self, ("beta1", "beta2"))
         for name in ("weight_decay", "gradient_clip"):
             value = getattr(self, name)
-            _require(value >= 0, f"optimizer.{name} must not be negative, not {value}")
+            require(value >= 0, f"optimizer.{name} must not be negative, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +200,10 @@ class Schedule:
     """Learning rate at the end of the decay, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        _require(self.warmup_steps >= 0, "schedule.warmup_steps must not be negative")
+        require(self.warmup_steps >= 0, "schedule.warmup_steps must not be negative")
         _require_fraction("schedule", self, ("minimum_fraction",))
         if self.decay_steps is not None:
-            _require(
+            require(
                 self.decay_steps > self.warmup_steps,
                 f"schedule.decay_steps={self.decay_steps} must be above "
                 f"schedule.warmup_steps={self.warmup_steps}",
@@ -200,15 +227,17 @@ class Data:
     Megatron's order depends on it, so it must stay the same over a run: set it to lengthen one."""
     prefetch_batches: int = 4
     """Micro-batches that a background thread reads ahead."""
+    mask_documents: bool = False
+    """Let a token see only its own document, not the ones before it in the sample."""
 
     def __post_init__(self) -> None:
         _require_positive("data", self, ("sequence_length",))
-        _require(self.prefetch_batches >= 0, "data.prefetch_batches must not be negative")
-        _require(
+        require(self.prefetch_batches >= 0, "data.prefetch_batches must not be negative")
+        require(
             self.validation is None or self.split is None,
             "data.validation and data.split exclude each other: name a file or a split, not both",
         )
-        _require(
+        require(
             self.planned_samples is None or self.planned_samples > 0,
             f"data.planned_samples must be positive, not {self.planned_samples}",
         )
@@ -231,8 +260,8 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         _require_positive("checkpoint", self, ("interval",))
-        _require(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2")
-        _require(
+        require(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2")
+        require(
             self.permanent_interval is None or self.permanent_interval > 0,
             f"checkpoint.permanent_interval must be positive, not {self.permanent_interval}",
         )
@@ -276,8 +305,8 @@ class Train:
         names = ("steps", "micro_batch_size", "global_batch_size", "evaluation_interval")
         _require_positive("train", self, names)
         _require_positive("train", self, ("evaluation_batches", "max_nonfinite_steps"))
-        _require(self.seed >= 0, f"train.seed must not be negative, not {self.seed}")
-        _require(
+        require(self.seed >= 0, f"train.seed must not be negative, not {self.seed}")
+        require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"train.global_batch_size={self.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={self.micro_batch_size}",
@@ -293,13 +322,14 @@ class Recipe:
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
+    compute: Compute = field(default_factory=Compute)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.data.sequence_length <= self.model.max_sequence_length,
             f"data.sequence_length={self.data.sequence_length} is longer than the model allows "
             f"(model.max_sequence_length={self.model.max_sequence_length})",
@@ -317,7 +347,7 @@ class Recipe:
             ValueError: the global batch does not divide.
         """
         per_pass = self.train.micro_batch_size * data_parallel_size
-        _require(
+        require(
             self.train.global_batch_size % per_pass == 0,
             f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={self.train.micro_batch_size} x {data_parallel_size} "
@@ -334,84 +364,3 @@ class Recipe:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def recipe_keys() -> list[str]:
-    """Every dotted key of a recipe in order, from `train.run_dir` on."""
-    return [
-        f"{section.name}.{key.name}"
-        for section in dataclasses.fields(Recipe)
-        for key in dataclasses.fields(section.type)  # type: ignore[arg-type]
-    ]
-
-
-def load_recipe(arguments: Sequence[str]) -> Recipe:
-    """Build a recipe from `RECIPE.yaml --section.key=value …`.
-
-    Raises:
-        ValueError: an unknown key (the nearest known one is named) or a bad value.
-        FileNotFoundError: the recipe file is missing.
-    """
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(
-        prog="megaphi train",
-        exit_on_error=False,
-        description="Train a recipe; every key of the recipe can be given as an option.",
-    )
-    parser.add_argument("recipe", nargs="?", help="recipe file (YAML)")
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    for section in dataclasses.fields(Recipe):
-        parser.add_class_arguments(section.type, section.name)
-    words = list(arguments)
-    if words and not words[0].startswith("-"):
-        path = Path(words.pop(0))
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such recipe file")
-        _check_recipe_file(path)
-        parser.add_argument("--recipe-file", action="config")
-        words = ["--recipe-file", str(path), *words]
-    _check_option_names(words)
-    try:
-        parsed = parser.parse_args(words)
-        sections = parser.instantiate_classes(parsed)
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(_plain_message(str(error))) from error
-    return Recipe(**{s.name: sections[s.name] for s in dataclasses.fields(Recipe)})
-
-
-def _check_recipe_file(path: Path) -> None:
-    """Raise a `ValueError` that names the file and the first key that is not known."""
-    import yaml
-
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from error
-    _require(isinstance(tree, dict), f"{path}: a recipe is a mapping of sections, see the README")
-    known = [section.name for section in dataclasses.fields(Recipe)]
-    for section, values in tree.items():
-        _require(section in known, f"{path}: {_unknown(str(section), known)}")
-        _require(isinstance(values, dict), f"{path}: section {section} is not a mapping")
-        for key in values:
-            name = f"{section}.{key}"
-            _require(name in recipe_keys(), f"{path}: {_unknown(name, recipe_keys())}")
-
-
-def _check_option_names(words: Sequence[str]) -> None:
-    """Raise a `ValueError` for the first option that is not a key of a recipe."""
-    for word in words:
-        if word.startswith("--") and word not in ("--help", "--recipe-file"):
-            name = word[2:].split("=", 1)[0]
-            _require(name in recipe_keys(), _unknown(name, recipe_keys()))
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    """Say that `name` is unknown and which of `known` is nearest."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"unknown key {name}; the nearest known key is {near[0]}"
-
-
-def _plain_message(message: str) -> str:
-    """Shorten jsonargparse's message to one line about the key and the value."""
-    return re.sub(r"\s+", " ", message).strip()

@@ -5,8 +5,8 @@ With one process no launcher is needed: `python -m megaphi.train` or `megaphi tr
 
 import sys
 
-from megaphi.config import load_recipe
 from megaphi.errors import EXIT_OK, run_main
+from megaphi.recipe_file import load_recipe
 
 
 def run(argv: list[str]) -> int:

@@ -142,7 +142,8 @@ class Trainer:
             batch = next(loader)
             data_seconds += time.perf_counter() - waiting_since
             # gradients travel between processes once a step, with the last micro-batch
-            send_gradients(self.model, micro_batch == self.num_micro_batches - 1)
+            last = micro_batch == self.num_micro_batches - 1
+            send_gradients(self.model, last, recipe.parallel)
             dropout = self.dropout_seed(step, batch.first_sample)
             batch_loss = self.model(batch.tokens_bt, batch.labels_bt, dropout=dropout)
             batch_loss = batch_loss / self.tokens_per_step

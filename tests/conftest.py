@@ -9,8 +9,9 @@ import pytest
 # Before torch is imported: sums must not depend on how many tests run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from megaphi.config import Recipe, load_recipe
+from megaphi.config import Recipe
 from megaphi.parallel.mesh import processes
+from megaphi.recipe_file import load_recipe
 from megaphi.trainer import Trainer
 from tests.helpers import write_toy_tokens
 

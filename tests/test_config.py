@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megaphi.config import load_recipe, recipe_keys
 from megaphi.model.phi import num_parameters
+from megaphi.recipe_file import load_recipe, recipe_keys
 from tests.helpers import REPOSITORY
 
 RECIPES = REPOSITORY / "launch" / "recipes"

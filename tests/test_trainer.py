@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from megaphi.checkpoint.manifest import find_checkpoints
-from megaphi.config import Recipe, load_recipe
+from megaphi.config import Recipe
 from megaphi.metrics.logger import console_line, format_count, format_duration
+from megaphi.recipe_file import load_recipe
 from tests.helpers import curve, metrics, toy_options
 
 Train = Callable[[list[str]], Recipe]

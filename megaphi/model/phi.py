@@ -27,6 +27,7 @@ from kernels import ops
 from kernels.ops import DropoutSeed
 from megaphi.config import Model
 from megaphi.model.attention import attention
+from megaphi.model.linear import MakeLinear, make_linear
 from megaphi.model.rotary import rotary_tables
 
 
@@ -77,14 +78,14 @@ class Block(nn.Module):
     parts cuts between heads at any tensor-parallel size.
     """
 
-    def __init__(self, config: Model, index: int) -> None:
+    def __init__(self, config: Model, index: int, make: MakeLinear = make_linear) -> None:
         super().__init__()
         self.config = config
         self.index = index
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        self.fc1 = nn.Linear(config.hidden_size, config.ffn_size)
-        self.fc2 = nn.Linear(config.ffn_size, config.hidden_size)
+        self.qkv = make("qkv", config.hidden_size, 3 * config.hidden_size)
+        self.out = make("out", config.hidden_size, config.hidden_size)
+        self.fc1 = make("fc1", config.hidden_size, config.ffn_size)
+        self.fc2 = make("fc2", config.ffn_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def forward(
@@ -97,9 +98,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return LayerNorm_{i+1}(r_{i+1}) and r_{i+1}, both [b, t, d]."""
         attended_btd = self.attend(normed_btd, positions, dropout, cache)
-        attention_btd = F.linear(attended_btd, self.out.weight)
-        hidden_btf = ops.bias_gelu(F.linear(normed_btd, self.fc1.weight), self.fc1.bias)
-        mlp_btd = F.linear(hidden_btf, self.fc2.weight)
+        attention_btd = self.out.product(attended_btd)
+        hidden_btf = ops.bias_gelu(self.fc1.product(normed_btd), self.fc1.bias)
+        mlp_btd = self.fc2.product(hidden_btf)
         return ops.bias_dropout_add_layer_norm(
             attention_btd,
             self.out.bias,
@@ -163,13 +164,13 @@ class Head(nn.Linear):
 
 
 class Phi(nn.Module):
-    """The whole decoder."""
+    """The whole decoder; `make` decides in which number format its blocks multiply."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, make: MakeLinear = make_linear) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, i, make) for i in range(config.num_layers))
         self.head = Head(config.hidden_size, config.vocab_size)
 
     def forward(

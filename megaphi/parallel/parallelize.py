@@ -34,6 +34,19 @@ def parallelize(model: Phi, mesh: Mesh, parallel: Parallel, compute_dtype: torch
         # gloo has neither mean nor scaled sum; a plain sum needs no other reduction
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+        assert isinstance(module, nn.Module)
+        module.register_forward_pre_hook(_keep_gradients_in_fp32)
+
+
+def _keep_gradients_in_fp32(module: nn.Module, _: object) -> None:
+    """Let the gathered weights, which are 16 bits wide, have fp32 gradients.
+
+    Runs after FSDP2's own hook, which makes the gathered parameters, and has an effect once. FSDP2
+    would widen each micro-batch's gradient by itself, but only after it was rounded to 16 bits.
+    """
+    for parameter in module.parameters():
+        if parameter.dtype != torch.float32 and parameter.grad_dtype != torch.float32:
+            parameter.grad_dtype = torch.float32
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -41,10 +54,15 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def send_gradients(model: nn.Module, send: bool) -> None:
-    """Whether the next backward pass sums gradients over processes, or keeps them for later."""
+def send_gradients(model: nn.Module, send: bool, parallel: Parallel) -> None:
+    """Whether the next backward pass sums gradients over processes, or keeps them for later.
+
+    Those that keep them also keep the gathered weights, which change only after the last one,
+    unless the recipe asks to free them (`parallel.reshard_after_forward`).
+    """
     assert isinstance(model, FSDPModule), "the model has not been parallelized"
     model.set_requires_gradient_sync(send)
+    model.set_reshard_after_backward(send or parallel.reshard_after_forward)
 
 
 def release_gathered_weights(model: nn.Module) -> None:

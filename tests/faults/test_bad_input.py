@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints
-from megaphi.config import Recipe, load_recipe
+from megaphi.config import Recipe
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
 from megaphi.errors import RunError, run_main
 from megaphi.parallel.mesh import processes
+from megaphi.recipe_file import load_recipe
 from megaphi.train import run
 from megaphi.trainer import Trainer
 from tests.helpers import curve, metrics, run_training, toy_options, write_toy_tokens

@@ -21,6 +21,7 @@ from tests.kernels.interpreter import assert_passes_in_the_interpreter
 CPU = torch.device("cpu")
 EPSILON = 1e-5
 PLACE = DropoutSeed(seed=5, step=1, first_token=40)
+SCATTERED = torch.tensor([3, 0, 2**31, 17, 4, 5, 2**33 + 1])
 THRESHOLD = 6554  # of probability 0.1
 with_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -138,6 +139,7 @@ class TestNumerics:
             (DropoutSeed(seed=5, step=2, first_token=40), 0),
             (DropoutSeed(seed=5, step=1, first_token=40), 46),
             (DropoutSeed(seed=2**63 + 11, step=2**31 + 9, first_token=2**33 + 16), 3),
+            (DropoutSeed(seed=5, step=1, first_token=40, tokens_n=SCATTERED), 2),
         ],
     )
     def test_masks_are_the_references(
@@ -214,7 +216,8 @@ class TestNumerics:
     @pytest.mark.parametrize("threshold", [0, THRESHOLD])
     def test_operators(self, block_end: BlockEnd, threshold: int) -> None:
         """Schema, fake tensors and autograd of the registered operators."""
-        values, dropout = leaves((3, 2, 8)), ([-5, 1, 2, 40], threshold)
+        tokens_n = torch.randperm(6) if threshold else None
+        values, dropout = leaves((3, 2, 8)), ([-5, 1, 2, 40], tokens_n, threshold)
         operators = torch.ops.megaphi
         torch.library.opcheck(
             operators.bias_dropout_add_layer_norm.default, (*values, EPSILON, *dropout)
@@ -254,7 +257,10 @@ def test_numerics_in_the_interpreter() -> None:
     assert_passes_in_the_interpreter([f"{__file__}::TestNumerics"], at_least=44)
 
 
-PLACE_ARGUMENTS = dict.fromkeys(("seed", "step", "site", "first_token"), "i64")
+PLACE_ARGUMENTS = {
+    **dict.fromkeys(("seed", "step", "site", "first_token"), "i64"),
+    "tokens_ptr": "*i64",
+}
 CONSTANTS = dict.fromkeys(("threshold", "width", "block"), "constexpr")
 FORWARD = {
     **{f"{name}_ptr": "*bf16" for name in ("attention", "attention_bias", "mlp", "mlp_bias")},
@@ -310,7 +316,7 @@ def test_resources_at_phi_1(
 @with_triton
 def test_special_values_compile() -> None:
     """The launcher makes a None pointer and an integer of value 1 constants."""
-    special = {"dr_ptr": None, "num_rows": 1, "rows_per_program": 1}
+    special = {"dr_ptr": None, "tokens_ptr": None, "num_rows": 1, "rows_per_program": 1}
     resources(
         "kernels.block_end",
         "backward_kernel",

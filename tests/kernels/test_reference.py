@@ -1,5 +1,6 @@
 """The reference operations against float64 formulas, other libraries and published vectors."""
 
+import dataclasses
 import importlib.util
 import math
 import subprocess
@@ -85,6 +86,17 @@ def test_dropout_masks_keep_the_right_share_and_are_independent() -> None:
     assert abs(torch.corrcoef(torch.stack((kept_a.flatten(), kept_b.flatten())))[0, 1]) < 0.01
     assert float(a.mean()) == pytest.approx(1.0, abs=0.01)
     assert a.unique().tolist() == pytest.approx([0.0, 1 / 0.9], rel=1e-4)
+
+
+def test_dropout_masks_of_scattered_rows_are_those_of_their_tokens() -> None:
+    """A process that holds some rows of a sequence draws what another would for them."""
+    shape, seed = torch.Size((10, 6)), DropoutSeed(seed=1, step=2, first_token=100)
+    tokens_n = torch.tensor([7, 2, 9])
+    some = dataclasses.replace(seed, tokens_n=tokens_n)
+    whole = dropout_masks(shape, 0.5, seed, 4, CPU)
+    scattered = dropout_masks(torch.Size((3, 6)), 0.5, some, 4, CPU)
+    for all_rows, rows in zip(whole, scattered, strict=True):
+        assert torch.equal(all_rows[tokens_n], rows)
 
 
 def test_dropout_masks_depend_on_position_not_on_the_cut() -> None:

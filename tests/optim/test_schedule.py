@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megaphi.config import Recipe, load_recipe
+from megaphi.config import Recipe
 from megaphi.optim.schedule import learning_rate
+from megaphi.recipe_file import load_recipe
 
 
 def recipe(*options: str, steps: int = 36000) -> Recipe:

@@ -1,0 +1,96 @@
+"""The linear layers of a block.
+
+A layer hands out its product with and without the bias, because most biases of a block are added
+by the fused kernel that follows. Other number formats replace the class (`megaphi.precision`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.matmul import add_product_, fp32_product
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X W^T + b, [..., out_features]."""
+        return linear(x, self.weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """X W^T, without the bias, [..., out_features]."""
+        return linear(x, self.weight, None)
+
+
+MakeLinear = Callable[[str, int, int], Linear]
+"""Makes the layer of a name (qkv, out, fc1, fc2) with so many inputs and outputs."""
+
+
+def make_linear(name: str, in_features: int, out_features: int) -> Linear:
+    """A layer in the dtype of its input, whatever its name."""
+    return Linear(in_features, out_features)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X W^T + b; where the weight keeps an fp32 gradient, its GEMM writes and adds it up in fp32.
+
+    torch.compile sees PyTorch's own operation instead, and so does a CPU, which has no GEMM with
+    16-bit inputs and fp32 output: there the gradient of a micro-batch is rounded to 16 bits before
+    it is added up.
+    """
+    in_gemm = (
+        x.is_cuda
+        and x.dtype != torch.float32
+        and getattr(weight, "grad_dtype", None) == torch.float32
+        and not torch.compiler.is_compiling()
+    )
+    if not in_gemm:
+        return F.linear(x, weight, bias)
+    result: Tensor = LinearWithFp32Gradient.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return result
+
+
+class LinearWithFp32Gradient(torch.autograd.Function):
+    """`F.linear` whose weight gradient leaves the GEMM in fp32.
+
+    The first micro-batch of a step returns it; the next ones add theirs onto `weight.grad` inside
+    the GEMM, 8 instead of 12 bytes a weight and micro-batch, and without a rounding to 16 bits.
+    The weight must be a leaf whose `grad_dtype` is fp32, or a tensor computed from one.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Compute x W^T + b."""
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_y: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, of W (None where it was added up in place), and of b."""
+        x, weight = ctx.saved_tensors
+        grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+        rows_nm, rows_nk = grad_y.flatten(0, -2), x.flatten(0, -2)
+        grad_bias = rows_nm.sum(dim=0, dtype=torch.float32) if ctx.has_bias else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            so_far = weight.grad if weight.is_leaf else None
+            if so_far is None:
+                grad_weight = fp32_product(rows_nm.t(), rows_nk)
+            else:
+                add_product_(so_far, rows_nm.t(), rows_nk)
+        return grad_x, grad_weight, grad_bias
+
+
+def weights_of_blocks(model: nn.Module) -> list[Linear]:
+    """Every linear layer of the blocks, in order."""
+    return [module for module in model.modules() if isinstance(module, Linear)]
