@@ -1,8 +1,8 @@
 """The operations of the training step, as the model calls them.
 
-Each has the name, the signature and the result of its plain definition in `kernels.reference`.
-Which implementation runs is decided call by call by `kernels.dispatch.use_triton`; Triton is
-imported only where it runs.
+Each has the name, the signature and the result of its plain definition in `kernels.reference` or
+`kernels.reference_fp8`. Which implementation runs is decided call by call by
+`kernels.dispatch.use_triton`; Triton is imported only where it runs.
 """
 
 import functools
@@ -12,16 +12,20 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from kernels import reference
+from kernels import reference, reference_fp8
 from kernels.dispatch import use_triton
-from kernels.reference import DropoutSeed, dropout_masks
+from kernels.reference import DropoutSeed, bias_dropout_add, dropout_masks
 
 __all__ = [
     "DropoutSeed",
     "adamw_step_",
+    "bias_dropout_add",
     "bias_dropout_add_layer_norm",
     "bias_gelu",
     "dropout_masks",
+    "fp8_cast",
+    "fp8_cast_transpose",
+    "fp8_scale",
     "layer_norm",
     "linear_cross_entropy",
     "rotary_packed",
@@ -61,3 +65,6 @@ bias_gelu = _operation(reference.bias_gelu, "bias_gelu")
 linear_cross_entropy = _operation(reference.linear_cross_entropy, "cross_entropy")
 adamw_step_ = _operation(reference.adamw_step_, "adamw")
 sum_of_squares = _operation(reference.sum_of_squares, "adamw")
+fp8_scale = _operation(reference_fp8.fp8_scale, "fp8_cast")
+fp8_cast = _operation(reference_fp8.fp8_cast, "fp8_cast")
+fp8_cast_transpose = _operation(reference_fp8.fp8_cast_transpose, "fp8_cast")

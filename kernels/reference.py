@@ -109,6 +109,44 @@ def layer_norm(x_btd: Tensor, weight_d: Tensor, bias_d: Tensor, epsilon: float) 
     return F.layer_norm(x_btd, (x_btd.shape[-1],), weight_d, bias_d, epsilon)
 
 
+def bias_dropout_add(
+    attention_nd: Tensor,
+    attention_bias_d: Tensor,
+    mlp_nd: Tensor,
+    mlp_bias_d: Tensor,
+    probability: float = 0.0,
+    dropout: DropoutSeed | None = None,
+    site: int = 0,
+) -> Tensor:
+    """mask_a (attention + bias_a) + mask_b (mlp + bias_b), for branches that are summed later.
+
+    The masks are those of `bias_dropout_add_layer_norm`, which this is the first part of.
+    """
+    branches = masked_branches(
+        attention_nd, attention_bias_d, mlp_nd, mlp_bias_d, probability, dropout, site
+    )
+    return (branches[0] + branches[1]).to(attention_nd.dtype)
+
+
+def masked_branches(
+    attention_btd: Tensor,
+    attention_bias_d: Tensor,
+    mlp_btd: Tensor,
+    mlp_bias_d: Tensor,
+    probability: float,
+    dropout: DropoutSeed | None,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    """Both branches with their bias and their dropout, in fp32."""
+    attention_btd = attention_btd.float() + attention_bias_d.float()
+    mlp_btd = mlp_btd.float() + mlp_bias_d.float()
+    if dropout is None or dropout_threshold(probability) == 0:
+        return attention_btd, mlp_btd
+    shape = attention_btd.flatten(0, -2).shape
+    mask_a, mask_b = dropout_masks(shape, probability, dropout, site, attention_btd.device)
+    return attention_btd * mask_a.view_as(mlp_btd), mlp_btd * mask_b.view_as(mlp_btd)
+
+
 def bias_dropout_add_layer_norm(
     attention_btd: Tensor,
     attention_bias_d: Tensor,
@@ -142,15 +180,10 @@ def bias_dropout_add_layer_norm(
     Returns:
         y and r, both [b, t, d] in the dtype of `residual_btd`; the sum is made in fp32.
     """
-    dtype = residual_btd.dtype
-    attention_btd = attention_btd.float() + attention_bias_d.float()
-    mlp_btd = mlp_btd.float() + mlp_bias_d.float()
-    if dropout is not None and dropout_threshold(probability) > 0:
-        shape = attention_btd.flatten(0, -2).shape
-        mask_a, mask_b = dropout_masks(shape, probability, dropout, site, residual_btd.device)
-        attention_btd = attention_btd * mask_a.view_as(attention_btd)
-        mlp_btd = mlp_btd * mask_b.view_as(mlp_btd)
-    residual_btd = (residual_btd.float() + attention_btd + mlp_btd).to(dtype)
+    attention_btd, mlp_btd = masked_branches(
+        attention_btd, attention_bias_d, mlp_btd, mlp_bias_d, probability, dropout, site
+    )
+    residual_btd = (residual_btd.float() + attention_btd + mlp_btd).to(residual_btd.dtype)
     return layer_norm(residual_btd, weight_d, bias_d, epsilon), residual_btd
 
 

@@ -105,22 +105,33 @@ class Parallel:
     """How the model is spread over processes; the data-parallel size is whatever remains."""
 
     tensor: int = 1
-    """Tensor-parallel size. Only 1 is built so far."""
+    """Processes that share each layer; rows between the blocks are cut over them too."""
     pipeline: int = 1
-    """Pipeline-parallel size. Only 1 is built so far."""
+    """Processes in a row, each with a part of the blocks."""
+    pipeline_schedule: Literal["1f1b", "interleaved", "interleaved-zero-bubble", "zbv"] = "1f1b"
+    """Which stage runs which micro-batch when; all but 1f1b have several stages a process."""
+    pipeline_stages_per_process: int = 2
+    """Stages of a process; 1f1b has one and ignores this."""
     context: int = 1
-    """Context-parallel size. Only 1 is built so far."""
+    """Processes that share each sequence."""
     reshard_after_forward: bool = False
     """Free gathered weights after the forward pass (ZeRO-3 traffic) to save memory."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again to save memory: GELU (selective) or whole blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "context"):
-            value = getattr(self, name)
-            require(
-                value == 1,
-                f"parallel.{name}={value} is not built yet; use 1 (data parallelism needs no key: "
-                "start more processes with torchrun)",
-            )
+        _require_positive("parallel", self, ("tensor", "pipeline", "context"))
+        _require_positive("parallel", self, ("pipeline_stages_per_process",))
+        require(
+            self.pipeline_schedule != "zbv" or self.pipeline_stages_per_process == 2,
+            "parallel.pipeline_schedule=zbv needs parallel.pipeline_stages_per_process=2",
+        )
+
+    @property
+    def num_stages(self) -> int:
+        """Parts into which the pipeline cuts the blocks."""
+        several = self.pipeline > 1 and self.pipeline_schedule != "1f1b"
+        return self.pipeline * (self.pipeline_stages_per_process if several else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +345,7 @@ class Recipe:
             f"data.sequence_length={self.data.sequence_length} is longer than the model allows "
             f"(model.max_sequence_length={self.model.max_sequence_length})",
         )
+        _check_layout(self)
 
     @property
     def planned_samples(self) -> int:
@@ -353,7 +365,17 @@ class Recipe:
             f"train.micro_batch_size={self.train.micro_batch_size} x {data_parallel_size} "
             "data-parallel processes",
         )
-        return self.train.global_batch_size // per_pass
+        count = self.train.global_batch_size // per_pass
+        stages = self.parallel.pipeline
+        schedule = self.parallel.pipeline_schedule
+        fits = count >= stages if schedule in ("1f1b", "zbv") else count % stages == 0
+        require(
+            stages == 1 or fits,
+            f"{count} micro-batch(es) a step on each process are too few or do not divide for "
+            f"parallel.pipeline={stages} with parallel.pipeline_schedule={schedule}; the nearest "
+            f"train.global_batch_size is {per_pass * stages * max(1, round(count / stages))}",
+        )
+        return count
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, in the form of a recipe file."""
@@ -364,3 +386,42 @@ class Recipe:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _check_layout(recipe: Recipe) -> None:
+    """Raise a `ValueError` where model, batch and layout do not divide.
+
+    The message names the numbers and the nearest layout that divides.
+    """
+    model, parallel, data = recipe.model, recipe.parallel, recipe.data
+
+    def divides(key: str, size: int, what: str, total: int) -> None:
+        if total % size:
+            nearest = min(
+                (n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - size)
+            )
+            raise ValueError(
+                f"parallel.{key}={size} does not divide {what} = {total}; the nearest that does is "
+                f"{nearest}"
+            )
+
+    divides("tensor", parallel.tensor, "model.num_heads", model.num_heads)
+    divides("tensor", parallel.tensor, "model.vocab_size", model.vocab_size)
+    divides("tensor", parallel.tensor, "the MLP's width", model.ffn_size)
+    require(
+        data.sequence_length % (2 * parallel.context) == 0 or parallel.context == 1,
+        f"data.sequence_length={data.sequence_length} does not divide into 2 x "
+        f"parallel.context={parallel.context} chunks",
+    )
+    rows = recipe.train.micro_batch_size * data.sequence_length // parallel.context
+    divides("tensor", parallel.tensor, "the tokens of a micro-batch on a process", rows)
+    for axis in ("context", "pipeline"):
+        require(
+            not (data.mask_documents and getattr(parallel, axis) > 1),
+            f"data.mask_documents does not work with parallel.{axis} above 1; use one of them",
+        )
+    require(
+        parallel.num_stages <= model.num_layers,
+        f"{parallel.num_stages} pipeline stages are more than the blocks there are: use at most "
+        f"model.num_layers={model.num_layers}",
+    )

@@ -54,7 +54,7 @@ def generate(
     _check(config, prompts, max_new_tokens, temperature, top_p)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
-    device = model.embedding.tokens.weight.device
+    device = _embedding(model).device
     sampler = _Sampler(temperature, top_p, _row_seeds(seed, len(prompts)))
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
@@ -123,10 +123,16 @@ def _row_seeds(seed: int | Sequence[int], num_rows: int) -> list[int]:
     return [int.from_bytes(digest[:8], "little") >> 1 for digest in digests]
 
 
+def _embedding(model: Phi) -> Tensor:
+    """The token embedding, for its device and dtype."""
+    assert model.embedding is not None, "this is a part of a model"
+    return model.embedding.tokens.weight
+
+
 def _new_caches(model: Phi, padding_b: Tensor, capacity: int) -> list[BlockCache]:
     """An empty cache a block, for `capacity` positions of which each row's first are padding."""
     config = model.config
-    weight = model.embedding.tokens.weight
+    weight = _embedding(model)
     shape = (len(padding_b), config.num_heads, capacity, config.head_size)
     mask_bs = None
     if padding_b.any():
@@ -141,11 +147,10 @@ def _next_logits(
     model: Phi, tokens_bt: Tensor, positions_bt: Tensor, caches: list[BlockCache]
 ) -> Tensor:
     """Logits [b, v] after the last position; the head runs on no other."""
-    normed_btd, residual_btd = model.embedding(tokens_bt)
-    for block, cache in zip(model.blocks, caches, strict=True):
-        normed_btd, residual_btd = block(normed_btd, residual_btd, positions_bt, None, cache)
-    logits_b1v: Tensor = model.head(normed_btd[:, -1:])
-    return logits_b1v[:, 0]
+    normed_nd = model.hidden(tokens_bt, positions=positions_bt, caches=caches)
+    assert model.head is not None
+    logits_bv: Tensor = model.head(normed_nd.view(*tokens_bt.shape, -1)[:, -1])
+    return logits_bv
 
 
 class _Sampler:

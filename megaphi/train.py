@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
     from megaphi.parallel.mesh import processes
     from megaphi.trainer import Trainer
 
-    with processes() as mesh:
+    with processes(recipe.parallel) as mesh:
         Trainer(recipe, mesh).run()
     return EXIT_OK
 

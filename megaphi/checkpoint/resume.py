@@ -1,6 +1,7 @@
 """What a checkpoint and a run must agree in before one continues the other."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megaphi.data.loader import token_file_prefixes
 from megaphi.data.sidecar import TokenFileInfo
 from megaphi.metrics.meter import device_name
 from megaphi.model.init import assign
-from megaphi.parallel.mesh import Mesh
+from megaphi.parallel.mesh import AXES, Mesh
 
 # What changes a model's training but not its weights' shape or meaning.
 _FREE_MODEL_KEYS = {"residual_dropout", "attention_dropout", "initializer_range"}
@@ -45,14 +46,15 @@ def data_order(recipe: Recipe, infos: dict[str, TokenFileInfo]) -> dict[str, Any
     }
 
 
-def environment(mesh: Mesh, dtype: torch.dtype) -> dict[str, Any]:
+def environment(mesh: Mesh, precision: str) -> dict[str, Any]:
     """What bitwise equality of a resumed run depends on besides the recipe."""
     return {
         "torch": torch.__version__,
         "device": device_name(mesh.device),
         "threads": torch.get_num_threads(),
-        "processes": mesh.data_size,
-        "dtype": str(dtype),
+        "processes": mesh.size,
+        "layout": " x ".join(f"{axis} {mesh.axis_size(axis)}" for axis in AXES),
+        "precision": precision,
     }
 
 
@@ -87,11 +89,13 @@ def _check_shape(saved: Model, own: Model, directory: Path) -> None:
         )
 
 
-def load_weights_into(model: nn.Module, config: Model, path: str) -> Path:
+def load_weights_into(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: Model, path: str
+) -> Path:
     """Start a new run from the weights of another: no optimizer state, no position in the data.
 
     Args:
-        model: sharded or not; each process reads the full tensors and keeps its part.
+        named_parameters: sharded or not; each process reads the full tensors and keeps its part.
         config: the model's shape.
         path: run, checkpoint or Hugging Face directory.
 
@@ -105,7 +109,7 @@ def load_weights_into(model: nn.Module, config: Model, path: str) -> Path:
     source = resolve_model(path)
     weights = open_weights(source)
     _check_shape(weights.config, config, source)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters:
         assign(parameter, weights[name].float())
     return source
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megaphi.config import Recipe
 from megaphi.data.blend import build_dataset, parse_blend
+from megaphi.data.documents import Documents, find_documents
 from megaphi.data.sidecar import TokenFileInfo, verify_info
 from megaphi.errors import RunError
 
@@ -40,6 +41,8 @@ class MicroBatch:
     """Next tokens, int64, on the device."""
     first_sample: int
     """Number of the first row among all samples of the run; rows are consecutive."""
+    documents: Documents | None = None
+    """Documents of the inputs, on the device, where attention must stay inside of them."""
 
 
 def read_samples(dataset: Dataset, first: int, count: int, vocab_size: int) -> np.ndarray:
@@ -59,19 +62,33 @@ def read_samples(dataset: Dataset, first: int, count: int, vocab_size: int) -> n
     return samples
 
 
-def to_micro_batch(samples: np.ndarray, first: int, device: torch.device) -> MicroBatch:
-    """Cut inputs and labels out of samples and bring them to the device."""
+def to_micro_batch(
+    samples: np.ndarray, first: int, device: torch.device, eod_id: int | None = None
+) -> MicroBatch:
+    """Cut inputs and labels out of samples and bring them to the device, without waiting for it.
+
+    Args:
+        samples: int64 [rows, sequence_length + 1].
+        first: number of the first row among all samples of the run.
+        device: where the tensors go.
+        eod_id: id that ends a document, if attention must stay inside of one. The label of an EOD
+            token remains the first token of the next document: its loss counts.
+    """
+    documents = None
+    if eod_id is not None:
+        documents = find_documents(samples[:, :-1], eod_id).to(device)
     tensor = torch.from_numpy(samples)
     if device.type == "cuda":
         tensor = tensor.pin_memory().to(device, non_blocking=True)
-    return MicroBatch(tensor[:, :-1], tensor[:, 1:], first)
+    return MicroBatch(tensor[:, :-1], tensor[:, 1:], first, documents)
 
 
 class Loader:
     """Endless micro-batches of one process, starting after `consumed_samples`.
 
     `dataset_of_pass(p)` gives the data set of pass p over the plan of `planned_samples` samples;
-    a run that is longer than its plan goes on with another order.
+    a run that is longer than its plan goes on with another order. With `eod_id` the micro-batches
+    say where their documents are.
 
     Raises (from `next`):
         RunError: a token id is outside the vocabulary.
@@ -89,6 +106,7 @@ class Loader:
         vocab_size: int,
         device: torch.device,
         prefetch: int,
+        eod_id: int | None = None,
     ) -> None:
         self._dataset_of_pass = dataset_of_pass
         self._planned_samples = planned_samples
@@ -97,6 +115,7 @@ class Loader:
         self._data_size = data_size
         self._vocab_size = vocab_size
         self._device = device
+        self._eod_id = eod_id
         self._queue: queue.Queue[MicroBatch | Exception] = queue.Queue(maxsize=max(1, prefetch))
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -115,7 +134,7 @@ class Loader:
                 if dataset is None or number != current:
                     current, dataset = number, self._dataset_of_pass(number)
                 rows.append(read_samples(dataset, index, 1, self._vocab_size))
-            yield to_micro_batch(np.concatenate(rows), first, self._device)
+            yield to_micro_batch(np.concatenate(rows), first, self._device, self._eod_id)
             consumed += self._micro_batch_size * self._data_size
 
     def _read_ahead(self, consumed: int) -> None:
@@ -218,3 +237,32 @@ def check_token_files(recipe: Recipe) -> dict[str, TokenFileInfo]:
                 )
         infos[prefix] = info
     return infos
+
+
+def end_of_document(recipe: Recipe, infos: dict[str, TokenFileInfo]) -> int | None:
+    """Id that ends a document in every token file; None where data.mask_documents is off.
+
+    Args:
+        recipe: the recipe.
+        infos: what `check_token_files` found beside its token files.
+
+    Raises:
+        ValueError: a token file does not say which id it is, or they differ.
+    """
+    if not recipe.data.mask_documents:
+        return None
+    prefixes = token_file_prefixes(recipe)
+    for prefix in prefixes:
+        if prefix not in infos:
+            raise ValueError(
+                f"data.mask_documents: {prefix}.json is missing, which says what token ends a "
+                "document; tokenize the data with megaphi, or set data.mask_documents to false"
+            )
+    eod_id = infos[prefixes[0]].eod_id
+    for prefix in prefixes:
+        if infos[prefix].eod_id != eod_id:
+            raise ValueError(
+                f"data.mask_documents: documents end with token {infos[prefix].eod_id} in "
+                f"{prefix}, but with {eod_id} in {prefixes[0]}; tokenize them alike"
+            )
+    return eod_id

@@ -20,7 +20,7 @@ class StepMetrics:
     learning_rate: float
     data_seconds: float
     numbers: Later
-    """Loss, gradient norm, 1 if the step counted, number of processes asked to stop."""
+    """Loss, gradient norm, 1 if the step counted, number of processes asked to stop, loss scale."""
 
 
 class Reporter:
@@ -34,6 +34,7 @@ class Reporter:
         self._flops = flops_per_token(recipe.model, recipe.data.sequence_length)
         self._peak = peak_flops(device_name(mesh.device), dtype)
         self._smoothed_seconds: float | None = None
+        self._has_loss_scale = dtype == torch.float16
 
     def report(self, metrics: StepMetrics | None, logger: RunLogger | None) -> bool:
         """Write a step's row; return whether any process was asked to stop.
@@ -43,11 +44,18 @@ class Reporter:
         """
         if metrics is None:
             return False
-        loss, norm, counted, asked = metrics.numbers.values()
+        loss, norm, counted, asked, scale = metrics.numbers.values()
         seconds = self.timer.seconds()
         if logger is not None:
-            logger.step(self._row(metrics, loss, norm, seconds))
-        self.nonfinite_in_a_row = 0 if counted else self.nonfinite_in_a_row + 1
+            row = self._row(metrics, loss, norm, seconds)
+            if self._has_loss_scale:
+                row["loss_scale"] = scale
+            logger.step(row)
+        if counted:
+            self.nonfinite_in_a_row = 0
+        elif scale <= 1.0:
+            # above 1, the loss scale was too large and is halved: that is how it finds its value
+            self.nonfinite_in_a_row += 1
         if self.nonfinite_in_a_row >= self._recipe.train.max_nonfinite_steps:
             raise RunError(
                 f"step {metrics.step}: the gradient was not finite for "
@@ -63,7 +71,7 @@ class Reporter:
         """One object of metrics.jsonl."""
         recipe, step = self._recipe, metrics.step
         tokens = recipe.train.global_batch_size * recipe.data.sequence_length
-        rate = tokens / seconds / self._mesh.data_size
+        rate = tokens / seconds / self._mesh.size
         old = self._smoothed_seconds
         self._smoothed_seconds = seconds if old is None else 0.9 * old + 0.1 * seconds
         return {

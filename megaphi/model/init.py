@@ -6,6 +6,7 @@ shards: the same weights on every device, at every layout, whatever the order of
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,11 @@ def initial_value(name: str, shape: torch.Size, config: Model, seed: int) -> Ten
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: Model, seed: int) -> None:
+def initialize(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: Model, seed: int
+) -> None:
     """Fill every parameter, sharded or not, with its initial value."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters:
         assign(parameter, initial_value(name, parameter.shape, config, seed))
 
 

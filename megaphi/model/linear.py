@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.matmul import add_product_, fp32_product
+from megaphi.parallel.tensor import local
 
 
 class Linear(nn.Linear):
@@ -19,12 +20,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T + b, [..., out_features]."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, local(self.weight), local(self.bias))
 
     def product(self, x: Tensor) -> Tensor:
         """X W^T, without the bias, [..., out_features]."""
-        return linear(x, self.weight, None)
+        return linear(x, local(self.weight), None)
 
+
+ADDS_UP = "gradient_adds_up_in_gemm"
+"""Attribute of a weight whose backward pass runs once a micro-batch."""
 
 MakeLinear = Callable[[str, int, int], Linear]
 """Makes the layer of a name (qkv, out, fc1, fc2) with so many inputs and outputs."""
@@ -59,7 +63,9 @@ class LinearWithFp32Gradient(torch.autograd.Function):
 
     The first micro-batch of a step returns it; the next ones add theirs onto `weight.grad` inside
     the GEMM, 8 instead of 12 bytes a weight and micro-batch, and without a rounding to 16 bits.
-    The weight must be a leaf whose `grad_dtype` is fp32, or a tensor computed from one.
+    The weight must be a leaf whose `grad_dtype` is fp32, or a tensor computed from one. Only a leaf
+    that says so (`ADDS_UP`) is added onto: a schedule that asks for the gradients of inputs and of
+    weights in separate backward passes would add twice.
     """
 
     @staticmethod
@@ -83,7 +89,8 @@ class LinearWithFp32Gradient(torch.autograd.Function):
         grad_bias = rows_nm.sum(dim=0, dtype=torch.float32) if ctx.has_bias else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            so_far = weight.grad if weight.is_leaf else None
+            adds_up = weight.is_leaf and getattr(weight, ADDS_UP, False)
+            so_far = weight.grad if adds_up else None
             if so_far is None:
                 grad_weight = fp32_product(rows_nm.t(), rows_nk)
             else:

@@ -19,6 +19,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _is_repeated(parameter: Tensor) -> bool:
+    """Whether every process of the tensor axis holds the same elements."""
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return "tensor" in names and parameter.placements[names.index("tensor")].is_replicate()
+
+
 class AdamW:
     """AdamW (arXiv 1711.05101) with decoupled weight decay of matrices only.
 
@@ -89,7 +97,13 @@ class AdamW:
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients over all processes, fp32 scalar on the device."""
-        squares = ops.sum_of_squares([local(self.gradient(name)) for name in self.parameters])
+        whole = [name for name, p in self.parameters.items() if _is_repeated(p)]
+        cut = [name for name in self.parameters if name not in whole]
+        squares = ops.sum_of_squares([local(self.gradient(name)) for name in cut])
+        if whole:
+            # every process of the tensor axis has these: each counts its share
+            repeated = ops.sum_of_squares([local(self.gradient(name)) for name in whole])
+            squares = squares + repeated / self.mesh.tensor_size
         return self.mesh.sum_(squares).sqrt()
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,9 @@
-"""The processes of a run: how they meet, which device each has, and the axes they form."""
+"""The processes of a run: how they meet, which device each has, and the axes they form.
+
+Four axes, outer to inner: pipeline (stages of the model), data (samples), context (parts of a
+sequence) and tensor (parts of a layer). Processes that are close on the inner axes talk the most,
+so these are the ones that share a node.
+"""
 
 import contextlib
 import datetime
@@ -11,18 +16,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megaphi.config import Parallel
+
+AXES = ("pipeline", "data", "context", "tensor")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The processes of a run, seen from one of them.
-
-    Only the data axis is larger than 1 so far.
-    """
+    """The processes of a run, seen from one of them."""
 
     device: torch.device
     """Where this process computes."""
-    data: DeviceMesh
-    """The data-parallel axis."""
+    grid: DeviceMesh
+    """All processes, one dimension an axis."""
+    shards: DeviceMesh
+    """Data and context axis as one: the processes that share the same weights."""
     control: dist.ProcessGroup
     """All processes over gloo, for small messages between hosts' CPUs."""
 
@@ -41,15 +49,32 @@ class Mesh:
         """Whether this process reports and publishes."""
         return self.rank == 0
 
+    def axis_rank(self, axis: str) -> int:
+        """Place of this process on an axis."""
+        return self.grid.get_local_rank(axis)
+
+    def axis_size(self, axis: str) -> int:
+        """Length of an axis."""
+        return self.grid[axis].size()
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes along an axis, through this one."""
+        return self.grid.get_group(axis)
+
     @property
     def data_rank(self) -> int:
         """Place of this process on the data axis."""
-        return self.data.get_local_rank()
+        return self.axis_rank("data")
 
     @property
     def data_size(self) -> int:
         """Length of the data axis."""
-        return self.data.size()
+        return self.axis_size("data")
+
+    @property
+    def tensor_size(self) -> int:
+        """Length of the tensor axis."""
+        return self.axis_size("tensor")
 
     def gather(self, value: Any) -> list[Any]:
         """Collect one small object of every process on all of them; also a barrier."""
@@ -62,18 +87,42 @@ class Mesh:
         return self.gather(value if self.is_main else None)[0]
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add a tensor over the data axis in place, without waiting for the host."""
-        if self.data_size > 1:
-            dist.all_reduce(tensor, group=self.data.get_group())
+        """Add a tensor over all processes in place, without waiting for the host."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
         return tensor
 
 
+def grid_shape(parallel: Parallel, num_processes: int) -> tuple[int, int, int, int]:
+    """Lengths of the axes; the data axis takes what the others leave.
+
+    Raises:
+        ValueError: the processes do not divide.
+    """
+    others = parallel.pipeline * parallel.context * parallel.tensor
+    if num_processes % others:
+        fitting = max(others, num_processes // others * others)
+        raise ValueError(
+            f"{num_processes} processes do not divide into parallel.pipeline={parallel.pipeline} x "
+            f"parallel.context={parallel.context} x parallel.tensor={parallel.tensor} = {others}; "
+            f"start {fitting} or {fitting + others}, or change the layout"
+        )
+    return (parallel.pipeline, num_processes // others, parallel.context, parallel.tensor)
+
+
 @contextlib.contextmanager
-def processes() -> Iterator[Mesh]:
+def processes(parallel: Parallel | None = None) -> Iterator[Mesh]:
     """Join the processes that torchrun started, or be the only one.
 
     NCCL carries tensors between GPUs, gloo between CPUs. The groups are taken down on the way out.
+
+    Args:
+        parallel: lengths of the axes; all on the data axis when not given.
+
+    Raises:
+        ValueError: the processes do not fit the lengths.
     """
+    parallel = parallel or Parallel()
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -90,8 +139,10 @@ def processes() -> Iterator[Mesh]:
     try:
         world = dist.group.WORLD
         assert world is not None
+        shape = grid_shape(parallel, dist.get_world_size())
         control = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else world
-        data = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
-        yield Mesh(device=device, data=data, control=control)
+        grid = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+        shards = grid["data", "context"]._flatten("shards")
+        yield Mesh(device=device, grid=grid, shards=shards, control=control)
     finally:
         dist.destroy_process_group()

@@ -1,22 +1,28 @@
 """The one place, and the one order, in which the model is wrapped for several processes."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from megaphi.config import Parallel
+from megaphi.model.linear import ADDS_UP
 from megaphi.model.phi import Phi
 from megaphi.parallel.mesh import Mesh
 
 
 def parallelize(model: Phi, mesh: Mesh, parallel: Parallel, compute_dtype: torch.dtype) -> None:
-    """Shard a model over the data axis with FSDP2, in place.
+    """Cut a model over the tensor axis and shard it over the others with FSDP2, in place.
 
-    Parameters become fp32 DTensors; each process holds 1 / data_size of every one. Weights are
+    Parameters become fp32 DTensors; each process holds its share of every one. Weights are
     gathered in `compute_dtype`, gradients are summed (not averaged: the loss already carries the
     global batch size) in fp32. Without `reshard_after_forward` the gathered weights stay until the
     backward pass has used them (ZeRO-2 traffic).
     """
+    if mesh.tensor_size > 1:
+        cut_layers(model, mesh)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32,
@@ -24,21 +30,47 @@ def parallelize(model: Phi, mesh: Mesh, parallel: Parallel, compute_dtype: torch
         cast_forward_inputs=False,
     )
     for module in (model.embedding, *model.blocks, model.head, model):
+        if module is None:
+            continue
         fully_shard(
             module,
-            mesh=mesh.data,
+            mesh=mesh.shards,
             mp_policy=policy,
             reshard_after_forward=parallel.reshard_after_forward,
         )
+    adds_up = parallel.pipeline == 1 or parallel.pipeline_schedule in ("1f1b", "interleaved")
     for module in sharded_modules(model):
         # gloo has neither mean nor scaled sum; a plain sum needs no other reduction
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
         assert isinstance(module, nn.Module)
-        module.register_forward_pre_hook(_keep_gradients_in_fp32)
+        module.register_forward_pre_hook(partial(_keep_gradients_in_fp32, adds_up))
 
 
-def _keep_gradients_in_fp32(module: nn.Module, _: object) -> None:
+def cut_layers(model: Phi, mesh: Mesh) -> None:
+    """Make every parameter of a model on "meta" a DTensor on the tensor axis, in place.
+
+    `qkv` and `fc1` are cut by outputs, `out` and `fc2` by inputs, embedding and head by vocabulary;
+    the rest is whole on every process.
+    """
+    axis = mesh.grid["tensor"]
+    for path, parameter in list(model.named_parameters()):
+        owner, _, name = path.rpartition(".")
+        cut = distribute_tensor(parameter, axis, [tensor_placement(path)])
+        model.get_submodule(owner).register_parameter(name, nn.Parameter(cut))
+
+
+def tensor_placement(name: str) -> Placement:
+    """How the parameter of a name lies on the tensor axis."""
+    layer, _, kind = name.rpartition(".")
+    if layer.endswith(("qkv", "fc1", "tokens")) or layer == "head":
+        return Shard(0)
+    if layer.endswith(("out", "fc2")) and kind == "weight":
+        return Shard(1)
+    return Replicate()
+
+
+def _keep_gradients_in_fp32(adds_up: bool, module: nn.Module, _: object) -> None:
     """Let the gathered weights, which are 16 bits wide, have fp32 gradients.
 
     Runs after FSDP2's own hook, which makes the gathered parameters, and has an effect once. FSDP2
@@ -47,6 +79,7 @@ def _keep_gradients_in_fp32(module: nn.Module, _: object) -> None:
     for parameter in module.parameters():
         if parameter.dtype != torch.float32 and parameter.grad_dtype != torch.float32:
             parameter.grad_dtype = torch.float32
+            setattr(parameter, ADDS_UP, adds_up)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

@@ -25,6 +25,11 @@ class LossScale:
         self._good_steps = torch.zeros((), device=device)
         self._interval = precision.loss_scale_interval
 
+    @property
+    def divisor(self) -> Tensor | None:
+        """What the gradients must be divided by; None where it is 1."""
+        return self.value if self.enabled else None
+
     def apply(self, loss: Tensor) -> Tensor:
         """The loss whose backward pass gives scaled gradients."""
         return loss * self.value if self.enabled else loss

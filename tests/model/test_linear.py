@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaphi.model.linear import Linear, LinearWithFp32Gradient, linear
+from megaphi.model.linear import ADDS_UP, Linear, LinearWithFp32Gradient, linear
 
 
 def with_fp32_gradient(tensor: Tensor) -> nn.Parameter:
     """A 16-bit parameter as FSDP2 gathers them, whose gradient is fp32."""
     parameter = nn.Parameter(tensor)
     parameter.grad_dtype = torch.float32
+    setattr(parameter, ADDS_UP, True)
     return parameter
 
 
@@ -61,6 +62,20 @@ def test_the_sum_grows_in_place() -> None:
     LinearWithFp32Gradient.apply(x, weight, None).backward(grad_y)
     assert weight.grad.data_ptr() == address
     torch.testing.assert_close(weight.grad, 2 * first)
+
+
+def test_separate_passes_for_inputs_and_weights_add_once() -> None:
+    """Zero-bubble schedules ask for the gradient of the input first, of the weight later."""
+    weight = with_fp32_gradient(torch.randn(8, 12).bfloat16())
+    setattr(weight, ADDS_UP, False)
+    x = torch.randn(5, 12).bfloat16().requires_grad_()
+    grad_y = torch.randn(5, 8).bfloat16()
+    for _ in range(2):
+        y = LinearWithFp32Gradient.apply(x, weight, None)
+        torch.autograd.grad(y, x, grad_y, retain_graph=True)
+        (grad_weight,) = torch.autograd.grad(y, weight, grad_y)
+        weight.grad = grad_weight if weight.grad is None else weight.grad + grad_weight
+    assert relative(weight.grad, 2 * grad_y.double().t() @ x.detach().double()) < 1e-6
 
 
 def test_a_weight_that_is_computed_gets_its_gradient_too() -> None:

@@ -24,7 +24,7 @@ SMALL = Model(
 def phi() -> Phi:
     """A small model with weights from seed 3."""
     model = Phi(SMALL)
-    initialize(model, SMALL, seed=3)
+    initialize(model.named_parameters(), SMALL, seed=3)
     return model
 
 

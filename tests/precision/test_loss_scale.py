@@ -1,8 +1,5 @@
 """The dynamic loss scale of fp16."""
 
-from pathlib import Path
-
-import pytest
 import torch
 
 from megaphi.config import Precision
@@ -21,9 +18,7 @@ def follow(scale: LossScale, finite_steps: str) -> list[float]:
 
 
 def test_overflows_halve_and_quiet_intervals_double() -> None:
-    scale = LossScale(
-        Precision(initial_loss_scale=64.0, loss_scale_interval=3), CPU, enabled=True
-    )
+    scale = LossScale(Precision(initial_loss_scale=64.0, loss_scale_interval=3), CPU, enabled=True)
     # an overflow starts the count of quiet steps anew
     assert follow(scale, "x..x....") == [32.0, 32.0, 32.0, 16.0, 16.0, 16.0, 32.0, 32.0]
     assert follow(scale, "xxxxxxx") == [16.0, 8.0, 4.0, 2.0, 1.0, 1.0, 1.0]

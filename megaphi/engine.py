@@ -1,0 +1,188 @@
+"""What computes a step on this process: its part of the model, and how micro-batches run through.
+
+Everything that the recipe leaves to the device is decided here, once, and said in the log: number
+formats, attention kernel, layout. The trainer above it sees losses and parameters.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from megaphi.config import Recipe
+from megaphi.data.loader import Loader, MicroBatch
+from megaphi.model.attention_backends import choose, probe, training_need
+from megaphi.model.linear import make_linear
+from megaphi.model.phi import DropoutSeed, Phi
+from megaphi.parallel.axes import axes_of
+from megaphi.parallel.mesh import AXES, Mesh
+from megaphi.parallel.parallelize import parallelize, release_gathered_weights, send_gradients
+from megaphi.parallel.pipeline import Pipeline, Stage, split_layers, stages_of_process
+from megaphi.precision.fp8 import fp8_layers
+from megaphi.precision.loss_scale import LossScale
+from megaphi.precision.policy import facts_of, resolve
+
+
+class Engine:
+    """The model of a run on this process, on its device but without values yet.
+
+    Raises:
+        ValueError: the device or the installation cannot do what the recipe asks for.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+        self.recipe = recipe
+        self.mesh = mesh
+        self.num_micro_batches = recipe.micro_batches(mesh.data_size)
+        self.tokens_per_step = recipe.train.global_batch_size * recipe.data.sequence_length
+        self.policy = resolve(recipe.precision, facts_of(mesh.device))
+        self.dtype = self.policy.compute_dtype
+        self.fp8 = fp8_layers(self.policy, recipe.precision)
+        self.loss_scale = LossScale(recipe.precision, mesh.device, enabled=self.policy.loss_scaling)
+        self.attention = choose(
+            training_need(recipe, self.dtype), probe(mesh.device), recipe.compute.attention
+        )
+        with torch.device("meta"):
+            self.parts = self._build()
+        for part in self.parts:
+            if recipe.compute.compile:
+                for block in part.blocks:
+                    # the forward pass alone: FSDP2's hooks around it stay as they are
+                    block.forward = torch.compile(block.forward)
+            parallelize(part, mesh, recipe.parallel, self.dtype)
+            part.to_empty(device=mesh.device)
+        if self.fp8 is not None:
+            self.fp8.attach(nn.ModuleList(self.parts), mesh.device)
+        self.pipeline: Pipeline | None = None
+        if recipe.parallel.pipeline > 1:
+            stages = [part for part in self.parts if isinstance(part, Stage)]
+            self.pipeline = Pipeline(recipe, mesh, stages, self.dtype)
+
+    def _build(self) -> list[Phi]:
+        """The whole model, or the stages that this process runs."""
+        config, parallel = self.recipe.model, self.recipe.parallel
+        make = make_linear if self.fp8 is None else self.fp8.make
+        options = (config, make, self.attention.backend, axes_of(self.mesh), parallel.recompute)
+        if parallel.pipeline == 1:
+            return [Phi(*options)]
+        if self.fp8 is not None and self.recipe.precision.fp8_scaling == "delayed":
+            raise ValueError(
+                "precision.fp8_scaling=delayed does not work with parallel.pipeline above 1; use "
+                "precision.fp8_scaling=current"
+            )
+        layers = split_layers(config, parallel.num_stages)
+        numbers = stages_of_process(parallel, self.mesh.axis_rank("pipeline"))
+        return [Stage(*options, layers[number]) for number in numbers]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of this process, under their names in the whole model."""
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def forward_backward(self, batches: Loader, step: int) -> tuple[Tensor, float]:
+        """All micro-batches of a step; their gradients are summed over processes with the last.
+
+        Args:
+            batches: the loader.
+            step: number of the step, from 1 on.
+
+        Returns:
+            This process's share of the mean loss per token, on the device, and the seconds in which
+            it waited for data. The gradients are those of the mean, times the loss scale.
+        """
+        if self.pipeline is not None:
+            began = time.perf_counter()
+            taken = [next(batches) for _ in range(self.num_micro_batches)]
+            waited = time.perf_counter() - began
+            places = [self.dropout_seed(step, batch.first_sample) for batch in taken]
+            return self.pipeline.step(taken, places, self.to_differentiate), waited
+        loss, waited = torch.zeros((), device=self.mesh.device), 0.0
+        for number in range(self.num_micro_batches):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - began
+            # gradients travel between processes once a step, with the last micro-batch
+            last = number == self.num_micro_batches - 1
+            send_gradients(self.parts[0], last, self.recipe.parallel)
+            batch_loss = self.loss(batch, self.dropout_seed(step, batch.first_sample), number == 0)
+            self.to_differentiate(batch_loss).backward()  # type: ignore[no-untyped-call]
+            loss += batch_loss.detach()
+        return loss / self.tokens_per_step, waited
+
+    def loss(
+        self, batch: MicroBatch, dropout: DropoutSeed | None, is_first: bool | None = None
+    ) -> Tensor:
+        """Sum of a micro-batch's losses, with the whole model on this process."""
+        with nullcontext() if self.fp8 is None else self.fp8.forward_pass(is_first):
+            loss: Tensor = self.parts[0](
+                batch.tokens_bt, batch.labels_bt, dropout=dropout, documents=batch.documents
+            )
+        return loss
+
+    def to_differentiate(self, loss: Tensor) -> Tensor:
+        """From the sum of a micro-batch's losses to its share of the scaled mean."""
+        return self.loss_scale.apply(loss / self.tokens_per_step)
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """Sum of a micro-batch's losses without dropout, or this process's share of it."""
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(batch)
+        return self.loss(batch, None)
+
+    def after_evaluation(self) -> None:
+        """Free the weights that were gathered for it."""
+        for part in self.parts:
+            release_gathered_weights(part)
+
+    def after_step(self, finite: Tensor) -> None:
+        """Tell the number formats that the weights changed and whether the gradients were finite.
+
+        Args:
+            finite: bool scalar on the device.
+        """
+        self.loss_scale.update(finite)
+        if self.fp8 is not None:
+            self.fp8.after_step(torch.distributed.group.WORLD)
+
+    def dropout_seed(self, step: int, first_sample: int) -> DropoutSeed:
+        """Where a micro-batch of a step stands in the run's random numbers.
+
+        Fused attention kernels draw from the device's generator instead; it is seeded alike.
+        """
+        first_of_step = (step - 1) * self.recipe.train.global_batch_size
+        dropout = DropoutSeed(
+            seed=self.recipe.train.seed,
+            step=step,
+            first_token=(first_sample - first_of_step) * self.recipe.data.sequence_length,
+        )
+        if self.recipe.model.attention_dropout > 0 and self.mesh.device.type == "cuda":
+            torch.cuda.manual_seed(hash((dropout.seed, dropout.step, dropout.first_token)))
+        return dropout
+
+    def precision_tensors(self) -> dict[str, Tensor]:
+        """What the number formats keep in a checkpoint, equal on every process."""
+        return {} if self.fp8 is None else self.fp8.state_tensors()
+
+    def loaded(self, loss_scale: dict[str, float] | None) -> None:
+        """Weights and `precision_tensors` came from a checkpoint; so does the loss scale."""
+        if loss_scale is not None:
+            self.loss_scale.load_state(loss_scale)
+        if self.fp8 is not None:
+            self.fp8.weights_changed()
+
+    def describe(self) -> list[str]:
+        """What was decided, one line each."""
+        lines = [f"precision: {self.policy.reason}", f"attention: {self.attention.reason}"]
+        axes = [(axis, self.mesh.axis_size(axis)) for axis in AXES]
+        lines.append("layout: " + ", ".join(f"{axis} {size}" for axis, size in axes))
+        if self.pipeline is not None:
+            parallel = self.recipe.parallel
+            sizes = [len(layers) for layers in split_layers(self.recipe.model, parallel.num_stages)]
+            lines.append(
+                f"pipeline: {parallel.pipeline_schedule}, blocks of the stages {sizes}, "
+                f"{self.pipeline.bubble():.1%} of a process's time idle"
+            )
+        return lines

@@ -1,0 +1,138 @@
+"""Runs trainings of several processes one after another, without starting Python for each.
+
+Importing torch takes seconds, a fork of a process that has done so milliseconds. `python -m
+tests.layouts` imports everything once, then reads one job a line from its standard input and
+answers with one line each.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from tests.helpers import REPOSITORY, child_environment
+
+_TIMEOUT_SECONDS = 240.0
+
+
+class Launcher:
+    """A process that starts trainings by forking itself; a context manager."""
+
+    def __enter__(self) -> "Launcher":
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.layouts"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=child_environment(),
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+    def train(self, options: list[str], processes: int, log: Path) -> list[int]:
+        """Train on `processes` processes; their exit statuses. Their output goes to `log`."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = {"options": options, "processes": processes, "log": str(log)}
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        assert answer, "the launcher died"
+        statuses: list[int] = json.loads(answer)
+        return statuses
+
+
+def _free_port() -> int:
+    """A port that nobody uses at the moment."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _become_trainer(job: dict[str, object], rank: int, port: int) -> None:
+    """Train in this freshly forked process and leave it."""
+    from megaphi.errors import run_main
+    from megaphi.train import run
+
+    status = 70
+    try:
+        log = os.open(str(job["log"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(job["processes"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        status = run_main(run, list(job["options"]))  # type: ignore[call-overload]
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(children: list[int]) -> list[int]:
+    """Exit statuses of child processes; if one fails or takes too long, the others are killed."""
+    statuses: dict[int, int] = {}
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while len(statuses) < len(children):
+        for child in children:
+            if child in statuses:
+                continue
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+        failed = any(status != 0 for status in statuses.values())
+        if (failed and deadline > time.monotonic() + 10) or time.monotonic() > deadline:
+            # the others get a moment to end by themselves
+            deadline = min(deadline, time.monotonic() + 10)
+            if time.monotonic() >= deadline:
+                for child in children:
+                    if child not in statuses:
+                        os.kill(child, 9)
+        time.sleep(0.02)
+    return [statuses[child] for child in children]
+
+
+def _jobs() -> Iterator[dict[str, object]]:
+    """What the parent asks for."""
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    import megaphi.trainer  # noqa: F401  (the import is what takes long)
+
+    for job in _jobs():
+        port, children = _free_port(), []
+        for rank in range(int(str(job["processes"]))):
+            child = os.fork()
+            if child == 0:
+                _become_trainer(job, rank, port)
+            children.append(child)
+        print(json.dumps(_wait(children)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
