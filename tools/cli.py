@@ -18,8 +18,10 @@ VERBS = {
     "convert": ("tools.convert", "to and from Hugging Face model directories"),
     "generate": ("tools.generate", "complete a prompt with a trained model"),
     "inspect": ("tools.inspect", "say what a token file, checkpoint or run is, and verify it"),
+    "plan": ("tools.plan", "memory, speed, days and GPU-hours of a recipe, and better layouts"),
     "doctor": ("tools.doctor", "what this machine has, what a run would use of it, and why"),
-    "bench": ("tools.bench", "measure: data"),
+    "preflight": ("tools.preflight", "check GPUs, network and storage before the first step"),
+    "bench": ("tools.bench", "measure: data, kernels, train"),
 }
 
 
