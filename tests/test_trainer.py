@@ -1,15 +1,23 @@
 """What a run leaves behind, and that the number format changes little."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+from kernels.ops import DropoutSeed
 from megaphi.checkpoint.manifest import find_checkpoints
-from megaphi.config import Recipe
+from megaphi.config import Model, Recipe
+from megaphi.data.indexed import IndexedDatasetWriter
+from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
+from megaphi.engine import compile_blocks
 from megaphi.metrics.logger import console_line, format_count, format_duration
+from megaphi.model.phi import Phi
 from megaphi.recipe_file import load_recipe
 from tests.helpers import curve, metrics, toy_options
 
@@ -58,6 +66,95 @@ def test_bf16_follows_fp32(toy_tokens: Path, tmp_path: Path, train_here: Train) 
     assert exact != rounded
     for key, values in exact.items():
         assert rounded[key][0] == pytest.approx(values[0], rel=0.01), key
+
+
+def test_fp16_finds_its_loss_scale_and_resumes_with_it(
+    toy_tokens: Path, tmp_path: Path, train_here: Train
+) -> None:
+    """Steps that overflow are skipped without counting as failures, and the factor is saved."""
+    fp16 = {
+        "precision__dtype": "fp16",
+        "precision__initial_loss_scale": 2.0**30,
+        "precision__loss_scale_interval": 4,
+        "train__max_nonfinite_steps": 2,
+    }
+    train_here(toy_options(toy_tokens, tmp_path / "whole", **fp16))
+    rows = [row for row in metrics(tmp_path / "whole") if "loss" in row]
+    skipped = [row["step"] for row in rows if row["grad_norm"] is None]
+    assert len(skipped) > 2
+    assert skipped[0] == 1
+    scales = [row["loss_scale"] for row in rows]
+    assert scales[1] == scales[0] / 2
+    assert any(after > before for before, after in itertools.pairwise(scales))
+    halves = toy_options(
+        toy_tokens, tmp_path / "halves", **fp16, data__planned_samples=160, schedule__decay_steps=20
+    )
+    train_here([*halves, "--train.steps=10"])
+    train_here(halves)
+    assert curve(tmp_path / "halves") == curve(tmp_path / "whole")
+
+
+def test_compiled_blocks_give_the_same_losses(
+    toy_tokens: Path, tmp_path: Path, train_here: Train
+) -> None:
+    for name in ("eager", "compiled"):
+        options = toy_options(
+            toy_tokens, tmp_path / name, train__steps=6, compute__compile=name == "compiled"
+        )
+        train_here(options)
+    eager, compiled = curve(tmp_path / "eager"), curve(tmp_path / "compiled")
+    for key, values in eager.items():
+        assert compiled[key] == pytest.approx(values, rel=1e-4), key
+
+
+def test_all_blocks_share_a_graph() -> None:
+    """More blocks than torch.compile keeps versions of a function, over several steps."""
+    config = Model(
+        num_layers=12, hidden_size=32, num_heads=2, vocab_size=64, max_sequence_length=16
+    )
+    eager, compiled = Phi(config), Phi(config)
+    compiled.load_state_dict(eager.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(compiled, backend="aot_eager")
+    for step in range(1, 5):
+        tokens_bt = torch.randint(0, 64, (2, 17))
+        dropout = DropoutSeed(seed=1, step=step, first_token=32 * step)
+        losses = [
+            model(tokens_bt[:, :-1], tokens_bt[:, 1:], dropout=dropout)
+            for model in (eager, compiled)
+        ]
+        losses[1].backward()
+        torch.testing.assert_close(*losses)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_attention_stays_inside_documents_on_request(
+    toy_tokens: Path, tmp_path: Path, train_here: Train
+) -> None:
+    """The token file must say what ends a document; then the loss is another from step 1 on."""
+    options = toy_options(toy_tokens, tmp_path / "masked", data__mask_documents="true")
+    with pytest.raises(ValueError, match="says what token ends a document"):
+        train_here(options)
+    prefix = tmp_path / "ended"
+    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
+        for start in range(200):
+            writer.add_document([*((np.arange(11) * 3 + start) % 500).tolist(), 511])
+    info = TokenFileInfo(
+        tokenizer="test",
+        tokenizer_sha256="ab" * 32,
+        vocab_size=512,
+        eod_id=511,
+        recipe={},
+        **written_facts(writer),
+    )
+    write_info(prefix, info)
+    for mask in ("false", "true"):
+        options = toy_options(prefix, tmp_path / mask, data__mask_documents=mask, train__steps=3)
+        train_here(options)
+    seen, hidden = curve(tmp_path / "false"), curve(tmp_path / "true")
+    assert all(seen[key] != hidden[key] for key in seen)
 
 
 def test_tensorboard_has_the_losses(toy_tokens: Path, tmp_path: Path, train_here: Train) -> None:

@@ -45,27 +45,27 @@ class AdamW:
         self.updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
 
     @torch.no_grad()
-    def step(self, learning_rate: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, learning_rate: float, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Clip the gradients, update the parameters in place, and drop the gradients.
 
         A non-finite gradient norm changes nothing: neither parameters, moments nor the count.
 
         Args:
             learning_rate: of this step.
-            loss_scale: fp32 scalar on the device by which the gradients are too large.
+            divisor: fp32 scalar on the device by which the gradients are too large.
 
         Returns:
             The gradient norm before clipping (fp32 scalar) and whether the step counted (bool
             scalar), both on the device and equal on every process.
         """
         norm = self.gradient_norm()
-        if loss_scale is not None:
-            norm = norm / loss_scale
+        if divisor is not None:
+            norm = norm / divisor
         finite = torch.isfinite(norm)
         clip = self.config.gradient_clip
         scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
-        if loss_scale is not None:
-            scale = scale / loss_scale
+        if divisor is not None:
+            scale = scale / divisor
         self.updates += finite
         # the count is at least 1 where it is used, also while every step so far was skipped
         count = self.updates.clamp(min=1.0)

@@ -1,7 +1,8 @@
 """Dynamic loss scale for fp16 (Micikevicius et al., arXiv 1710.03740, section 3.2).
 
-fp16 has no numbers below 6e-8: small gradients would vanish. The loss is multiplied by a power of
-two before the backward pass, and the optimizer divides the fp32 gradients by it. A gradient that
+fp16 has no numbers below 6e-8: small gradients would vanish. The mean loss of a micro-batch is
+multiplied by a power of two before the backward pass, and the optimizer divides the fp32 gradients
+by it. A gradient that
 overflows skips the step and halves the factor; `loss_scale_interval` steps without an overflow
 double it. All of it happens on the device: the host learns the factor with the step's metrics.
 """
@@ -24,15 +25,6 @@ class LossScale:
         """fp32 scalar on the device."""
         self._good_steps = torch.zeros((), device=device)
         self._interval = precision.loss_scale_interval
-
-    @property
-    def divisor(self) -> Tensor | None:
-        """What the gradients must be divided by; None where it is 1."""
-        return self.value if self.enabled else None
-
-    def apply(self, loss: Tensor) -> Tensor:
-        """The loss whose backward pass gives scaled gradients."""
-        return loss * self.value if self.enabled else loss
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:

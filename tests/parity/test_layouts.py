@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import toy_options
+from tests.helpers import curve, toy_options
 from tests.layouts import Launcher
 from tests.parity.test_data_parallel import assert_same_curve
 
@@ -23,7 +23,7 @@ SCHEDULES = ("1f1b", "interleaved", "interleaved-zero-bubble", "zbv")
 def layouts() -> list[tuple[int, int, int, int]]:
     """(pipeline, data, context, tensor) of up to 8 processes that the toy model allows.
 
-    4 layers and heads, 16 sequences a step in micro-batches of 2, 32 tokens a sequence.
+    4 layers and heads, 16 sequences a step, 32 tokens a sequence.
     """
     sizes = (1, 2, 4, 8)
     every = itertools.product(sizes, repeat=4)
@@ -34,6 +34,7 @@ def layouts() -> list[tuple[int, int, int, int]]:
         and pipeline <= 4
         and tensor <= 4
         and data <= 4
+        and data * pipeline <= 8
     ]
 
 
@@ -46,6 +47,7 @@ def launcher() -> Iterator[Launcher]:
 
 def train(launcher: Launcher, tokens: Path, folder: Path, processes: int, **overrides: Any) -> Path:
     """Train the toy recipe; returns the run directory."""
+    folder.mkdir(exist_ok=True)
     options = toy_options(tokens, folder / "run", **{**RECIPE, **overrides})
     log = folder / "log.txt"
     statuses = launcher.train(options, processes, log)
@@ -63,8 +65,11 @@ def one_process(
 
 def axes(layout: tuple[int, int, int, int]) -> dict[str, int]:
     """The keys of a recipe for a layout."""
-    pipeline, _, context, tensor = layout
+    pipeline, data, context, tensor = layout
+    # as few micro-batches as show accumulation and fill the pipeline
+    micro_batches = max(2, pipeline)
     return {
+        "train__micro_batch_size": 16 // (data * micro_batches),
         "parallel__pipeline": pipeline,
         "parallel__context": context,
         "parallel__tensor": tensor,
@@ -83,3 +88,69 @@ def test_every_layout_gives_the_curve_of_one_process(
     pipeline, data, context, tensor = layout
     run = train(launcher, toy_tokens, tmp_path, pipeline * data * context * tensor, **axes(layout))
     assert_same_curve(one_process, run)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_every_schedule_gives_the_curve_of_one_process(
+    launcher: Launcher,
+    one_process: Path,
+    toy_tokens: Path,
+    tmp_path: Path,
+    schedule: str,
+    tensor: int,
+) -> None:
+    """Several stages a process, in a loop or there and back, with the weights' gradients apart."""
+    run = train(
+        launcher,
+        toy_tokens,
+        tmp_path,
+        2 * tensor,
+        parallel__pipeline=2,
+        parallel__tensor=tensor,
+        parallel__pipeline_schedule=schedule,
+    )
+    assert_same_curve(one_process, run)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("reshard", ["false", "true"])
+def test_recomputation_and_full_sharding_change_nothing(
+    launcher: Launcher,
+    one_process: Path,
+    toy_tokens: Path,
+    tmp_path: Path,
+    recompute: str,
+    reshard: str,
+) -> None:
+    """Pipeline, tensor and data parallelism together."""
+    run = train(
+        launcher,
+        toy_tokens,
+        tmp_path,
+        8,
+        **axes((2, 2, 1, 2)),
+        parallel__recompute=recompute,
+        parallel__reshard_after_forward=reshard,
+    )
+    assert_same_curve(one_process, run)
+
+
+def test_stages_of_unequal_size(launcher: Launcher, toy_tokens: Path, tmp_path: Path) -> None:
+    """Three blocks on two processes."""
+    one = train(launcher, toy_tokens, tmp_path / "one", 1, model__num_layers=3)
+    two = train(
+        launcher, toy_tokens, tmp_path / "two", 2, model__num_layers=3, parallel__pipeline=2
+    )
+    assert_same_curve(one, two)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_number_formats_agree_under_every_axis(
+    launcher: Launcher, one_process: Path, toy_tokens: Path, tmp_path: Path, dtype: str
+) -> None:
+    """16-bit numbers stay as near to fp32 on 4 processes as rounding allows."""
+    run = train(launcher, toy_tokens, tmp_path, 4, **axes((2, 1, 1, 2)), precision__dtype=dtype)
+    exact, rounded = curve(one_process), curve(run)
+    for key, values in exact.items():
+        assert rounded[key][0] == pytest.approx(values[0], rel=0.01), key
