@@ -6,6 +6,7 @@ answers with one line each.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -46,11 +47,16 @@ class Launcher:
         self._process.stdin.close()
         self._process.wait(timeout=30)
 
-    def train(self, options: list[str], processes: int, log: Path) -> list[int]:
-        """Train on `processes` processes; their exit statuses. Their output goes to `log`."""
+    def train(
+        self, options: list[str], processes: int, log: Path, entry: str = "megaphi.train:run"
+    ) -> list[int]:
+        """Train on `processes` processes; their exit statuses. Their output goes to `log`.
+
+        `entry` is the function that each of them calls with the options.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"options": options, "processes": processes, "log": str(log)}
+        job = {"options": options, "processes": processes, "log": str(log), "entry": entry}
         print(json.dumps(job), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         assert answer, "the launcher died"
@@ -68,7 +74,6 @@ def _free_port() -> int:
 def _become_trainer(job: dict[str, object], rank: int, port: int) -> None:
     """Train in this freshly forked process and leave it."""
     from megaphi.errors import run_main
-    from megaphi.train import run
 
     status = 70
     try:
@@ -82,6 +87,8 @@ def _become_trainer(job: dict[str, object], rank: int, port: int) -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+        module, _, function = str(job["entry"]).partition(":")
+        run = getattr(importlib.import_module(module), function)
         status = run_main(run, list(job["options"]))  # type: ignore[call-overload]
     except BaseException:
         traceback.print_exc()

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megaphi.config import Parallel
 from megaphi.model.phi import num_parameters
+from megaphi.parallel.mesh import grid_shape
 from megaphi.recipe_file import load_recipe, recipe_keys
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, toy_options
 
 RECIPES = REPOSITORY / "launch" / "recipes"
 REQUIRED = ["--train.run_dir=run", "--train.steps=10", "--data.train=tokens"]
@@ -34,7 +36,6 @@ def test_command_line_surface_is_frozen() -> None:
         ("--data.sequence_length=4096", ["data.sequence_length", "model.max_sequence_length"]),
         ("--checkpoint.keep=1", ["checkpoint.keep", "at least 2"]),
         ("--train.global_batch_size=12", ["train.global_batch_size", "train.micro_batch_size"]),
-        ("--parallel.tensor=2", ["parallel.tensor", "not built"]),
     ],
 )
 def test_wrong_option_is_one_clear_error(option: str, words: list[str]) -> None:
@@ -100,3 +101,70 @@ def test_every_shipped_recipe_loads() -> None:
         for section, values in given.items():
             for key, value in values.items():
                 assert getattr(getattr(recipe, section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel.tensor": 3}, r"parallel.tensor=3 does not divide model.num_heads = 4.* is 2"),
+        ({"parallel.tensor": 2, "model.vocab_size": 511}, r"model.vocab_size = 511.* is 1"),
+        ({"parallel.pipeline": 5}, r"5 pipeline stages are more than .*model.num_layers=4"),
+        (
+            {"parallel.pipeline": 3, "parallel.pipeline_schedule": "interleaved"},
+            r"6 pipeline stages are more than .*model.num_layers=4",
+        ),
+        (
+            {"parallel.pipeline": 2, "parallel.pipeline_schedule": "zbv"}
+            | {"parallel.pipeline_stages_per_process": 3},
+            r"zbv needs parallel.pipeline_stages_per_process=2",
+        ),
+        ({"parallel.context": 5}, r"data.sequence_length=32 does not divide into 2 x .*=5 chunks"),
+        (
+            {"parallel.context": 2, "data.mask_documents": "true"},
+            r"data.mask_documents does not work with parallel.context above 1",
+        ),
+        ({"train.global_batch_size": 3, "train.micro_batch_size": 2}, r"is not a multiple of"),
+    ],
+)
+def test_layouts_that_do_not_divide_are_refused_with_the_numbers(
+    changes: dict[str, object], message: str
+) -> None:
+    options = toy_options(Path("tokens"), Path("run"), model__num_heads=4, model__num_layers=4)
+    words = [*options, *(f"--{key}={value}" for key, value in changes.items())]
+    with pytest.raises(ValueError, match=message):
+        load_recipe(words)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "schedule", "processes", "message"),
+    [
+        (2, "1f1b", 4, None),
+        (2, "interleaved", 4, None),
+        (4, "1f1b", 2, r"2 micro-batch\(es\).*parallel.pipeline=4.*global_batch_size is 16"),
+        (2, "interleaved", 8, r"1 micro-batch\(es\).*global_batch_size is 32"),
+    ],
+)
+def test_a_pipeline_needs_enough_micro_batches(
+    pipeline: int, schedule: str, processes: int, message: str | None
+) -> None:
+    changes = {
+        "model__num_layers": 4,
+        "train__global_batch_size": 16 if processes > 2 else 8,
+        "parallel__pipeline": pipeline,
+        "parallel__pipeline_schedule": schedule,
+    }
+    recipe = load_recipe(toy_options(Path("tokens"), Path("run"), **changes))
+    if message is None:
+        recipe.micro_batches(processes)
+        return
+    with pytest.raises(ValueError, match=message):
+        recipe.micro_batches(processes)
+
+
+def test_processes_that_do_not_divide_are_refused_with_the_nearest_count() -> None:
+    parallel = Parallel(pipeline=2, tensor=2)
+    assert grid_shape(parallel, 8) == (2, 2, 1, 2)
+    with pytest.raises(ValueError, match=r"6 processes do not divide .*= 4; start 4 or 8"):
+        grid_shape(parallel, 6)
+    with pytest.raises(ValueError, match=r"2 processes do not divide .*= 4; start 4"):
+        grid_shape(parallel, 2)

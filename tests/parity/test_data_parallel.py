@@ -1,10 +1,11 @@
 """The same recipe gives the same loss curve however it is spread, dropout and all."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import curve, run_training, toy_options
+from tests.helpers import REPOSITORY, curve, run_training, toy_options
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,14 @@ def test_a_run_can_start_from_anothers_weights(
     done = run_training([*options, "--model.num_layers=3"])
     assert done.returncode == 2
     assert "model.num_layers was 2, is 3" in done.stderr
+
+
+def test_the_curve_is_the_committed_one(one_process: Path) -> None:
+    """A change of the mathematics, of the data's order or of a random number would show here."""
+    reference = json.loads((REPOSITORY / "tests" / "assets" / "reference_losses.json").read_text())
+    committed = {(row["step"], row["kind"]): row["values"] for row in reference["rows"]}
+    ours = curve(one_process)
+    assert ours.keys() == committed.keys()
+    for key, values in committed.items():
+        # processors differ in the order of their sums
+        assert ours[key] == pytest.approx(values, rel=1e-4), key

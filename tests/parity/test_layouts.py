@@ -20,21 +20,26 @@ RECIPE = {
 SCHEDULES = ("1f1b", "interleaved", "interleaved-zero-bubble", "zbv")
 
 
+def micro_batches(pipeline: int) -> int:
+    """Micro-batches a step on a process: as few as show accumulation and fill the pipeline."""
+    return 2 if pipeline <= 2 else 4
+
+
 def layouts() -> list[tuple[int, int, int, int]]:
     """(pipeline, data, context, tensor) of up to 8 processes that the toy model allows.
 
     4 layers and heads, 16 sequences a step, 32 tokens a sequence.
     """
-    sizes = (1, 2, 4, 8)
-    every = itertools.product(sizes, repeat=4)
+    every = itertools.product(range(1, 9), repeat=4)
     return [
         (pipeline, data, context, tensor)
         for pipeline, data, context, tensor in every
         if 1 < pipeline * data * context * tensor <= 8
         and pipeline <= 4
-        and tensor <= 4
-        and data <= 4
-        and data * pipeline <= 8
+        and data in (1, 2, 4, 8)
+        and context in (1, 2, 4, 8)
+        and tensor in (1, 2, 4)
+        and 16 % (data * micro_batches(pipeline)) == 0
     ]
 
 
@@ -66,10 +71,8 @@ def one_process(
 def axes(layout: tuple[int, int, int, int]) -> dict[str, int]:
     """The keys of a recipe for a layout."""
     pipeline, data, context, tensor = layout
-    # as few micro-batches as show accumulation and fill the pipeline
-    micro_batches = max(2, pipeline)
     return {
-        "train__micro_batch_size": 16 // (data * micro_batches),
+        "train__micro_batch_size": 16 // (data * micro_batches(pipeline)),
         "parallel__pipeline": pipeline,
         "parallel__context": context,
         "parallel__tensor": tensor,
