@@ -45,7 +45,7 @@ from kernels.layer_norm import (
 from kernels.reference import DropoutSeed, dropout_threshold
 
 # their values change from call to call and must not make new variants of a kernel
-_PLACE = ("seed", "step", "site", "first_token")
+PLACE_ARGUMENTS = ("seed", "step", "site", "first_token")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -88,7 +88,7 @@ def dropout_row(  # type: ignore[no-untyped-def]
     return mask_a, mask_b
 
 
-@triton.jit(do_not_specialize=_PLACE)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=PLACE_ARGUMENTS)  # type: ignore[untyped-decorator]
 def forward_kernel(  # type: ignore[no-untyped-def]
     attention_ptr,
     attention_bias_ptr,
@@ -142,7 +142,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit(do_not_specialize=_PLACE)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=PLACE_ARGUMENTS)  # type: ignore[untyped-decorator]
 def backward_kernel(  # type: ignore[no-untyped-def]
     dy_ptr,
     dr_ptr,
@@ -397,6 +397,24 @@ _forward_op.register_autograd(
 )
 
 
+def place_of(
+    probability: float, dropout: DropoutSeed | None, site: int
+) -> tuple[list[int], Tensor | None, int]:
+    """Seed, step, site and first token; the rows' tokens; and the threshold, 0 for no dropout.
+
+    Raises:
+        ValueError: the probability is outside [0, 1).
+    """
+    threshold = 0 if dropout is None else dropout_threshold(probability)
+    if not 0 <= threshold < 65536:
+        raise ValueError(f"dropout probability {probability}: must be at least 0 and below 1")
+    if dropout is None or threshold == 0:
+        return [0, 0, 0, 0], None, 0
+    # an operator's integers are signed 64-bit; the key keeps its bits
+    seed = dropout.seed - 2**64 if dropout.seed >= 2**63 else dropout.seed
+    return [seed, dropout.step, site, dropout.first_token], dropout.tokens_n, threshold
+
+
 def bias_dropout_add_layer_norm(
     attention_btd: Tensor,
     attention_bias_d: Tensor,
@@ -432,16 +450,9 @@ def bias_dropout_add_layer_norm(
         ValueError: a dtype, shape, width or probability that the kernel does not take.
     """
     check((residual_btd, attention_btd, mlp_btd), (weight_d, bias_d, attention_bias_d, mlp_bias_d))
-    threshold = 0 if dropout is None else dropout_threshold(probability)
-    if not 0 <= threshold < 65536:
-        raise ValueError(f"dropout probability {probability}: must be at least 0 and below 1")
-    place, tokens_n = [0, 0, 0, 0], None
-    if dropout is not None and threshold > 0:
-        # an operator's integers are signed 64-bit; the key keeps its bits
-        seed = dropout.seed - 2**64 if dropout.seed >= 2**63 else dropout.seed
-        place, tokens_n = [seed, dropout.step, site, dropout.first_token], dropout.tokens_n
+    place = place_of(probability, dropout, site)
     rows_and_biases = (attention_btd, attention_bias_d, mlp_btd, mlp_bias_d, residual_btd)
-    inputs = (*rows_and_biases, weight_d, bias_d, epsilon, place, tokens_n, threshold)
+    inputs = (*rows_and_biases, weight_d, bias_d, epsilon, *place)
     y_btd: Tensor
     r_btd: Tensor
     if torch.compiler.is_compiling():

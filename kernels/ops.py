@@ -1,8 +1,8 @@
 """The operations of the training step, as the model calls them.
 
-Each has the name, the signature and the result of its plain definition in `kernels.reference` or
-`kernels.reference_fp8`. Which implementation runs is decided call by call by
-`kernels.dispatch.use_triton`; Triton is imported only where it runs.
+Each has the name, the signature and the result of its plain definition in `kernels.reference`,
+`kernels.reference_fp8` or `kernels.reference_vocabulary`. Which implementation runs is decided call
+by call by `kernels.dispatch.use_triton`; Triton is imported only where it runs.
 """
 
 import functools
@@ -12,9 +12,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from kernels import reference, reference_fp8
+from kernels import reference, reference_fp8, reference_vocabulary
 from kernels.dispatch import use_triton
-from kernels.reference import DropoutSeed, bias_dropout_add, dropout_masks
+from kernels.reference import DropoutSeed, dropout_masks
 
 __all__ = [
     "DropoutSeed",
@@ -30,6 +30,8 @@ __all__ = [
     "linear_cross_entropy",
     "rotary_packed",
     "sum_of_squares",
+    "vocabulary_gradient_",
+    "vocabulary_statistics",
 ]
 
 P = ParamSpec("P")
@@ -60,9 +62,14 @@ def _operation(plain: Callable[P, R], file: str) -> Callable[P, R]:
 
 layer_norm = _operation(reference.layer_norm, "layer_norm")
 bias_dropout_add_layer_norm = _operation(reference.bias_dropout_add_layer_norm, "block_end")
+bias_dropout_add = _operation(reference.bias_dropout_add, "dropout_add")
 rotary_packed = _operation(reference.rotary_packed, "rotary")
 bias_gelu = _operation(reference.bias_gelu, "bias_gelu")
 linear_cross_entropy = _operation(reference.linear_cross_entropy, "cross_entropy")
+vocabulary_statistics = _operation(
+    reference_vocabulary.vocabulary_statistics, "vocabulary_parallel"
+)
+vocabulary_gradient_ = _operation(reference_vocabulary.vocabulary_gradient_, "vocabulary_parallel")
 adamw_step_ = _operation(reference.adamw_step_, "adamw")
 sum_of_squares = _operation(reference.sum_of_squares, "adamw")
 fp8_scale = _operation(reference_fp8.fp8_scale, "fp8_cast")

@@ -147,8 +147,8 @@ class Precision:
     """Scale of a tensor from its own largest value, or from those of the steps before."""
     fp8_layers: list[str] = field(default_factory=lambda: ["qkv", "fc1", "fc2"])
     """Linear layers of a block that run in fp8: some of qkv, out, fc1, fc2."""
-    initial_loss_scale: float = 2.0**24
-    """fp16: factor at the start on the loss, which is the mean over the global batch."""
+    initial_loss_scale: float = 65536.0
+    """fp16: factor at the start on the mean loss of a micro-batch."""
     loss_scale_interval: int = 1000
     """fp16: steps without an overflow after which the factor is doubled."""
 
@@ -264,6 +264,9 @@ class Checkpoint:
     """Newest checkpoints that are kept, at least 2."""
     permanent_interval: int | None = None
     """Checkpoints at multiples of this many steps are never deleted."""
+    asynchronous: bool | Literal["auto"] = "auto"
+    """Train on while a thread writes a snapshot, which takes host memory of the state's size; auto:
+    on a GPU."""
     resume: str = "auto"
     """auto: newest verified checkpoint of the run, if any; never: start anew; or a checkpoint."""
     initialize_from: str | None = None

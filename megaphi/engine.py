@@ -18,6 +18,7 @@ from megaphi.model.linear import make_linear
 from megaphi.model.phi import DropoutSeed, Phi
 from megaphi.parallel.axes import axes_of
 from megaphi.parallel.mesh import AXES, Mesh
+from megaphi.parallel.overlap import choose_overlap
 from megaphi.parallel.parallelize import parallelize, release_gathered_weights, send_gradients
 from megaphi.parallel.pipeline import Pipeline, Stage, split_layers, stages_of_process
 from megaphi.precision.fp8 import fp8_layers
@@ -37,6 +38,7 @@ class Engine:
         self.mesh = mesh
         self.num_micro_batches = recipe.micro_batches(mesh.data_size)
         self.tokens_per_step = recipe.train.global_batch_size * recipe.data.sequence_length
+        self.num_addends = self.num_micro_batches * mesh.data_size
         self.policy = resolve(recipe.precision, facts_of(mesh.device))
         self.dtype = self.policy.compute_dtype
         self.fp8 = fp8_layers(self.policy, recipe.precision)
@@ -44,13 +46,13 @@ class Engine:
         self.attention = choose(
             training_need(recipe, self.dtype), probe(mesh.device), recipe.compute.attention
         )
+        fp8_names = () if self.fp8 is None else self.fp8.names
+        self.overlap = choose_overlap(recipe.parallel, fp8_names)
         with torch.device("meta"):
             self.parts = self._build()
         for part in self.parts:
             if recipe.compute.compile:
-                for block in part.blocks:
-                    # the forward pass alone: FSDP2's hooks around it stay as they are
-                    block.forward = torch.compile(block.forward)
+                compile_blocks(part)
             parallelize(part, mesh, recipe.parallel, self.dtype)
             part.to_empty(device=mesh.device)
         if self.fp8 is not None:
@@ -64,7 +66,8 @@ class Engine:
         """The whole model, or the stages that this process runs."""
         config, parallel = self.recipe.model, self.recipe.parallel
         make = make_linear if self.fp8 is None else self.fp8.make
-        options = (config, make, self.attention.backend, axes_of(self.mesh), parallel.recompute)
+        axes = axes_of(self.mesh, self.overlap.enabled)
+        options = (config, make, self.attention.backend, axes, parallel.recompute)
         if parallel.pipeline == 1:
             return [Phi(*options)]
         if self.fp8 is not None and self.recipe.precision.fp8_scaling == "delayed":
@@ -90,14 +93,16 @@ class Engine:
 
         Returns:
             This process's share of the mean loss per token, on the device, and the seconds in which
-            it waited for data. The gradients are those of the mean, times the loss scale.
+            it waited for data. The gradients are those of the mean, times `gradient_divisor`.
         """
         if self.pipeline is not None:
             began = time.perf_counter()
             taken = [next(batches) for _ in range(self.num_micro_batches)]
             waited = time.perf_counter() - began
             places = [self.dropout_seed(step, batch.first_sample) for batch in taken]
-            return self.pipeline.step(taken, places, self.to_differentiate), waited
+            total = self.pipeline.step(taken, places, self.to_differentiate)
+            divisor = self.gradient_divisor
+            return (total if divisor is None else total / divisor), waited
         loss, waited = torch.zeros((), device=self.mesh.device), 0.0
         for number in range(self.num_micro_batches):
             began = time.perf_counter()
@@ -122,8 +127,21 @@ class Engine:
         return loss
 
     def to_differentiate(self, loss: Tensor) -> Tensor:
-        """From the sum of a micro-batch's losses to its share of the scaled mean."""
-        return self.loss_scale.apply(loss / self.tokens_per_step)
+        """From the sum of a micro-batch's losses to what the backward pass starts from.
+
+        That is its share of the mean over the global batch; where gradients are scaled, the mean
+        over the micro-batch times the loss scale.
+        """
+        if not self.loss_scale.enabled:
+            return loss / self.tokens_per_step
+        return loss * (self.loss_scale.value * self.num_addends / self.tokens_per_step)
+
+    @property
+    def gradient_divisor(self) -> Tensor | None:
+        """What the gradients are too large by, fp32 scalar on the device; None where it is 1."""
+        if not self.loss_scale.enabled:
+            return None
+        return self.loss_scale.value * self.num_addends
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor:
@@ -178,6 +196,8 @@ class Engine:
         lines = [f"precision: {self.policy.reason}", f"attention: {self.attention.reason}"]
         axes = [(axis, self.mesh.axis_size(axis)) for axis in AXES]
         lines.append("layout: " + ", ".join(f"{axis} {size}" for axis, size in axes))
+        if self.mesh.tensor_size > 1:
+            lines.append(f"overlap: {self.overlap.reason}")
         if self.pipeline is not None:
             parallel = self.recipe.parallel
             sizes = [len(layers) for layers in split_layers(self.recipe.model, parallel.num_stages)]
@@ -186,3 +206,16 @@ class Engine:
                 f"{self.pipeline.bubble():.1%} of a process's time idle"
             )
         return lines
+
+
+def compile_blocks(model: Phi, backend: str = "inductor") -> None:
+    """Compile the forward pass of each block; FSDP2's hooks around it stay as they are.
+
+    All blocks share one graph: only the number of a block differs, and the compiler is told to take
+    it as a variable. Otherwise it would compile eight blocks, and silently run the others as they
+    are written.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend=backend)

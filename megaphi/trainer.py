@@ -55,6 +55,8 @@ class Trainer:
         self.recipe = recipe
         self.mesh = mesh
         self.run_dir = Path(recipe.train.run_dir)
+        recipe.micro_batches(mesh.data_size)  # raises what does not divide before anything is read
+
         # data first: what does not fit ends the run before anything large is made
         self.token_files = check_token_files(recipe)
         self.eod_id = end_of_document(recipe, self.token_files)
@@ -70,6 +72,7 @@ class Trainer:
         self.reporter = Reporter(recipe, mesh, self.engine.dtype)
         self.step_number = 0
         self.resume_or_start()
+        self.checkpoints.prepare(self.state_tensors())
 
     def run(self) -> None:
         """Train to the last step, evaluating, saving and reporting on the way."""
@@ -94,8 +97,10 @@ class Trainer:
         logger = RunLogger(recipe, self.run_dir, self.step_number) if main else None
         try:
             self.loop(loader, logger)
+            self.checkpoints.wait()
         finally:
             loader.close()
+            self.checkpoints.close()
             if logger is not None:
                 logger.close()
 
@@ -122,6 +127,7 @@ class Trainer:
             if save or stop:
                 self.save()
             if stop and not last:
+                self.checkpoints.wait()
                 raise Preempted(
                     f"stopped on request and saved at step {self.step_number}; run me again"
                 )
@@ -132,17 +138,18 @@ class Trainer:
         self.reporter.timer.start()
         loss, data_seconds = self.engine.forward_backward(loader, step)
         rate = learning_rate(recipe, step)
-        scale = self.engine.loss_scale
-        norm, counted = self.optimizer.step(rate, scale.divisor)
-        factor = scale.value.clone()
+        norm, counted = self.optimizer.step(rate, self.engine.gradient_divisor)
+        loss_scale = self.engine.loss_scale.value.clone()
         self.engine.after_step(counted)
-        stop_asked = torch.full_like(loss, float(self.stop.requested))
+        # a failed save stops the run too, on all processes at the same step; `save` then says why
+        stop = self.stop.requested or self.checkpoints.failed
+        stop_asked = torch.full_like(loss, float(stop))
         # every process of the tensor axis has the same loss
         loss = loss / self.mesh.tensor_size
         loss, stop_asked = self.mesh.sum_(torch.stack((loss, stop_asked)))
         self.step_number = step
         self.reporter.timer.stop()
-        numbers = Later(torch.stack((loss, norm, counted.float(), stop_asked, factor)))
+        numbers = Later(torch.stack((loss, norm, counted.float(), stop_asked, loss_scale)))
         return StepMetrics(step, rate, data_seconds, numbers)
 
     @torch.no_grad()
@@ -162,7 +169,7 @@ class Trainer:
         return float(total) / (rows * self.recipe.data.sequence_length)
 
     def save(self) -> None:
-        """Publish a checkpoint of the present step."""
+        """Publish a checkpoint of the present step, at once or in the background."""
         state = {
             "step": self.step_number,
             "consumed_samples": self.step_number * self.recipe.train.global_batch_size,
@@ -254,7 +261,7 @@ class Trainer:
             f"{self.engine.num_micro_batches} micro-batch(es) a step, "
             f"{format_count(self.engine.tokens_per_step)} tokens a step"
         )
-        for line in self.engine.describe():
+        for line in (*self.engine.describe(), self.checkpoints.describe()):
             self.say(line)
 
     def say(self, message: str) -> None:

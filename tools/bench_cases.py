@@ -159,6 +159,25 @@ def _block_end(
     return make
 
 
+def _branches(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    d = s.model.hidden_size
+    shapes = ((s.rows, d), (d,), (s.rows, d), (d,))
+    return Inputs([*(_normal(device, dtype, *shape) for shape in shapes), 0.1, _PLACE, 0])
+
+
+def _half_vocabulary(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """A chunk of rows' logits of the first of two processes, which has all the targets."""
+    rows, columns = min(s.rows, 4096), s.model.vocab_size // 2
+    logits = _normal(device, dtype, rows, columns).detach()
+    return Inputs([logits, torch.randint(columns, (rows,), device=device)])
+
+
+def _half_vocabulary_and_totals(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    logits, ids = _half_vocabulary(s, dtype, device).args
+    maximum = logits.float().amax(1)
+    return Inputs([logits, ids, maximum, 2 * (logits.float() - maximum[:, None]).exp().sum(1)])
+
+
 def _rotary(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
     m = s.model
     qkv = _normal(device, dtype, s.batch, s.time, m.num_heads, 3, m.head_size)
@@ -333,6 +352,14 @@ CASES: tuple[Case, ...] = (
     _block_end_case("block end", 0.0, 4),
     _block_end_case("block end, dropout 0.1", 0.1, 6),
     Case(
+        name="bias_dropout_add",
+        function="bias_dropout_add",
+        file="dropout_add",
+        inputs=_branches,
+        forward_bytes=lambda s, e: (3 * s.rows + 2) * s.model.hidden_size * e,
+        backward_bytes=lambda s, e: (3 * s.rows + 2) * s.model.hidden_size * e,
+    ),
+    Case(
         name="rotary_packed",
         function="rotary_packed",
         file="rotary",
@@ -363,6 +390,23 @@ CASES: tuple[Case, ...] = (
             "cut-cross-entropy": _cut_cross_entropy,
             "compile, whole logits": _compiled_head,
         },
+    ),
+    Case(
+        name="vocabulary_statistics",
+        function="vocabulary_statistics",
+        file="vocabulary_parallel",
+        definitions="reference_vocabulary",
+        inputs=_half_vocabulary,
+        forward_bytes=lambda s, e: min(s.rows, 4096) * (s.model.vocab_size // 2 * e + 8 + 12),
+    ),
+    Case(
+        name="vocabulary_gradient_",
+        function="vocabulary_gradient_",
+        file="vocabulary_parallel",
+        definitions="reference_vocabulary",
+        inputs=_half_vocabulary_and_totals,
+        forward_bytes=lambda s, e: min(s.rows, 4096) * (s.model.vocab_size // 2 * 2 * e + 8 + 8),
+        in_place=(0,),
     ),
     Case(
         name="sum_of_squares",

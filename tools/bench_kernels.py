@@ -236,7 +236,8 @@ def call(case: Case, function: Function, inputs: Inputs) -> list[Tensor]:
         args[0] = _Produced.apply(args[0])  # type: ignore[no-untyped-call]
     returned = function(*args, **inputs.kwargs)
     if case.in_place:
-        return [tensor for index in case.in_place for tensor in inputs.args[index]]
+        changed = [inputs.args[index] for index in case.in_place]
+        return [t for one in changed for t in (one if isinstance(one, list) else [one])]
     return list(returned) if isinstance(returned, tuple) else [returned]
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaphi.metrics.devices import DEVICES, Device, find_device
-from megaphi.metrics.layout import (
+from tools.planning.devices import DEVICES, Device, find_device
+from tools.planning.layout import (
     Job,
     Layout,
     PipelineSchedule,
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     device = find_device(options.gpu)
 
     from megaphi.recipe_file import load_recipe
-    from tools.plan_report import render
+    from tools.planning.report import render
 
     recipe = load_recipe([options.recipe, *overrides])
     report = plan(recipe, device, options.gpus, options.gpus_per_node, options.kernels, options.top)
@@ -186,8 +186,8 @@ def runs_today(layout: Layout) -> bool:
 
 def describe(job: Job, layout: Layout, device: Device, gpus_per_node: int) -> dict[str, Any]:
     """A layout with its memory, time and cost; without them where it breaks a rule."""
-    from megaphi.metrics.memory import GIB, memory_plan
-    from megaphi.metrics.timing import calibration, mfu, step_time
+    from tools.planning.memory import GIB, memory_plan
+    from tools.planning.timing import calibration, mfu, step_time
 
     found = problems(job, layout, gpus_per_node)
     report: dict[str, Any] = {
@@ -230,8 +230,8 @@ def best_layouts(
     job: Job, device: Device, gpus: int, gpus_per_node: int, top: int
 ) -> list[dict[str, Any]]:
     """The fastest layouts that fit, one for each mesh; one that runs today is among them."""
-    from megaphi.metrics.memory import GIB, memory_plan
-    from megaphi.metrics.timing import step_time
+    from tools.planning.memory import GIB, memory_plan
+    from tools.planning.timing import step_time
 
     by_mesh: dict[tuple[int, int, int, bool], tuple[float, Layout]] = {}
     for layout in search(job, gpus, gpus_per_node):
@@ -258,7 +258,7 @@ def warnings(
     recipe: "Recipe", job: Job, layout: Layout, device: Device, report: dict[str, Any]
 ) -> list[str]:
     """What will not work, what is not certain, and what to change."""
-    from megaphi.metrics.timing import HOST_SECONDS_PER_BLOCK
+    from tools.planning.timing import HOST_SECONDS_PER_BLOCK
 
     own, found = report["own"], []
     if own["problems"]:
@@ -300,7 +300,7 @@ def warnings(
 
 def _changes(job: Job, layout: Layout, device: Device, gpus_per_node: int) -> str:
     """Single changes that make a layout fit, as keys of the recipe."""
-    from megaphi.metrics.memory import GIB, memory_plan
+    from tools.planning.memory import GIB, memory_plan
 
     candidates: list[tuple[str, dict[str, Any]]] = []
     size = layout.micro_batch_size
@@ -335,8 +335,8 @@ def _changes(job: Job, layout: Layout, device: Device, gpus_per_node: int) -> st
 def measured(device: Device) -> list[dict[str, Any]]:
     """Rows of `megaphi bench train` on a device, each with what is predicted for it."""
     from megaphi.config import Model
-    from megaphi.metrics.memory import GIB, memory_plan
-    from megaphi.metrics.timing import step_time
+    from tools.planning.memory import GIB, memory_plan
+    from tools.planning.timing import step_time
 
     rows = []
     for path in sorted(BENCHMARKS.glob("*.json")):
@@ -376,7 +376,7 @@ def measured(device: Device) -> list[dict[str, Any]]:
 
 def _assumptions(device: Device) -> list[dict[str, str]]:
     """The assumptions as a list of objects."""
-    from megaphi.metrics.timing import assumptions
+    from tools.planning.timing import assumptions
 
     return [
         {"name": name, "value": value, "source": source}

@@ -2,26 +2,26 @@
 
 Save: every process writes its shards into a hidden directory and hashes the bytes as they pass;
 main adds the small files and the manifest and renames the directory; the new checkpoint is read
-back and verified before an old one is dropped. Load: the newest checkpoint that verifies is used,
-a damaged one is set aside with a message, and if none is left the run stops: it never starts from
-random weights by accident.
+back and verified before `latest` names it and an old one is dropped. All of this may happen on a
+thread, from a snapshot, while training goes on: one save at a time, and the next waits for it.
+Load: the newest checkpoint that verifies is used, a damaged one is set aside with a message, and
+if none is left the run stops: it never starts from random weights by accident. What is there, and
+what it says, is for main alone to decide: another host may see the directory a little later.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megaphi.checkpoint.manifest import (
     CheckpointError,
@@ -32,74 +32,18 @@ from megaphi.checkpoint.manifest import (
     publish,
     read_manifest,
     remove,
+    verify_checkpoint,
     verify_files,
     write_manifest,
 )
+from megaphi.checkpoint.shards import write_tensors
+from megaphi.checkpoint.staging import Background, Staging
 from megaphi.checkpoint.tokenizer_files import copy_tokenizer
 from megaphi.checkpoint.weights import write_model_config
 from megaphi.config import Recipe
 from megaphi.durable import sync, write_durably
 from megaphi.errors import RunError
 from megaphi.parallel.mesh import Mesh
-
-# One safetensors file is built in memory before it is written.
-MAX_FILE_BYTES = 1 << 30
-
-
-class _HashingStream:
-    """A binary file that hashes what is written to it."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def write(self, block: bytes) -> int:
-        """Write and hash a block."""
-        self._digest.update(block)
-        self._size += len(block)
-        return int(self._file.write(block))
-
-    def result(self) -> FileDigest:
-        """Size and SHA-256 of all that was written."""
-        return FileDigest(self._size, self._digest.hexdigest())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-class _HashingFileSystem(FileSystem):
-    """torch.distributed.checkpoint's file system, remembering the digest of every file."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.digests: dict[str, FileDigest] = {}
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """Open a file; what is written to it is hashed."""
-        with super().create_stream(path, mode) as file:
-            if "w" not in mode:
-                yield file
-                return
-            stream = _HashingStream(file)
-            yield stream
-            self.digests[Path(path).name] = stream.result()
-
-
-def _file_numbers(sizes: Mapping[str, int], num_processes: int) -> dict[str, int]:
-    """Assign each tensor to a numbered file so that a process's files stay under the limit.
-
-    `sizes` are the bytes of all tensors of the run by name.
-    """
-    numbers, number, used = {}, 1, 0
-    for name, whole in sizes.items():
-        size = whole // num_processes
-        if used and used + size > MAX_FILE_BYTES:
-            number, used = number + 1, 0
-        numbers[name] = number
-        used += size
-    return numbers
 
 
 class CheckpointManager:
@@ -109,6 +53,13 @@ class CheckpointManager:
         self.recipe = recipe
         self.mesh = mesh
         self.run_dir = Path(recipe.train.run_dir)
+        asynchronous = recipe.checkpoint.asynchronous
+        self.asynchronous = (
+            mesh.device.type == "cuda" if asynchronous == "auto" else bool(asynchronous)
+        )
+        self._background = Background(mesh.device)
+        self._staging: Staging | None = None
+        self._has_told = False
         self._protected: Path | None = None
         self._lock: IO[str] | None = None
         self._on_main(self._claim)
@@ -140,8 +91,56 @@ class CheckpointManager:
             raise error
         return result
 
-    def save(self, step: int, tensors: dict[str, Tensor], trainer_state: dict[str, Any]) -> Path:
+    def prepare(self, tensors: dict[str, Tensor]) -> None:
+        """Allocate what saving in the background needs, where the recipe asks for that.
+
+        Args:
+            tensors: those that `save` will get; their shapes stay.
+
+        Raises:
+            RunError: there is not enough host memory.
+        """
+        if self.asynchronous:
+            self._staging = Staging(tensors, self.mesh.device)
+
+    def describe(self) -> str:
+        """How checkpoints are written, for the log."""
+        if self._staging is None:
+            return "checkpoints: training waits until they are written"
+        size = self._staging.bytes / 2**30
+        return f"checkpoints: written in the background from a snapshot, {size:.2f} GiB a process"
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed on this process; `wait` raises the error."""
+        return self._background.failed
+
+    def wait(self) -> None:
+        """Wait for a save in the background.
+
+        Raises:
+            CheckpointError: it failed; the checkpoints before it are all there.
+        """
+        self._background.wait()
+
+    def close(self) -> None:
+        """Let a save in the background finish and give the run directory free.
+
+        An error of that save is only printed: another one is ending the run.
+        """
+        try:
+            self._background.wait()
+        except Exception as error:
+            print(f"megaphi: the last checkpoint failed: {error}", file=sys.stderr, flush=True)
+        self._background.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def save(self, step: int, tensors: dict[str, Tensor], trainer_state: dict[str, Any]) -> None:
         """Publish a checkpoint of `step`, verify it, and drop those that are too old.
+
+        In the background, after `prepare` and where the recipe asks for it: then the tensors may
+        change as soon as this returns, and an error is raised by `wait` or by the next save.
 
         Args:
             step: optimizer step that the state belongs to.
@@ -149,18 +148,43 @@ class CheckpointManager:
             trainer_state: small values, stored as JSON.
 
         Raises:
-            CheckpointError: it could not be written (the cause is named) or does not verify.
+            CheckpointError: it could not be written (the cause is named) or does not verify; or
+                the save before could not.
         """
+        self._wait_for_turn(step)
+        job = partial(self._save, step, tensors, json.dumps(trainer_state, indent=1))
+        if self._staging is None:
+            job()
+        else:
+            self._staging.take(tensors)
+            self._background.start(job)
+
+    def _wait_for_turn(self, step: int) -> None:
+        """Wait for the save before, if one is in flight; say so the first time."""
+        late, began = self._background.busy, time.perf_counter()
+        self._background.wait()
+        if late and self.mesh.is_main and not self._has_told:
+            self._has_told = True
+            print(
+                f"megaphi: the save of step {step} waited {time.perf_counter() - began:.1f} s for "
+                "the one before to be written; a larger checkpoint.interval avoids this (not said "
+                "again)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _save(self, step: int, tensors: dict[str, Tensor], trainer_state: str) -> None:
+        """Write, publish and verify; all processes fail together, whichever has the problem."""
         final = self.run_dir / checkpoint_name(step)
         temporary = self.run_dir / f".{final.name}.tmp"
         self._on_main(lambda: self._start(temporary))
-        digests = self._write_tensors(temporary, tensors)
+        planner = None if self._staging is None else self._staging.planner()
+        digests = write_tensors(temporary, tensors, planner, self.mesh)
         self._on_main(lambda: self._finish(temporary, final, step, digests, trainer_state))
         problem = self._verify(final)
         if problem is not None:
             raise CheckpointError(f"the checkpoint just written does not verify: {problem}")
-        self._on_main(lambda: self._drop_old(final))
-        return final
+        self._on_main(lambda: self._make_latest(final))
 
     @staticmethod
     def _start(temporary: Path) -> None:
@@ -168,55 +192,30 @@ class CheckpointManager:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
-    def _write_tensors(self, directory: Path, tensors: dict[str, Tensor]) -> dict[str, FileDigest]:
-        """Write this process's shards; return the digests of all processes' files."""
-        # under pipeline parallelism a process knows its own tensors only
-        own = {name: t.numel() * t.element_size() for name, t in tensors.items()}
-        sizes = {name: size for part in self.mesh.gather(own) for name, size in part.items()}
-        writer = dcp.HuggingFaceStorageWriter(
-            str(directory),
-            fqn_to_index_mapping=_file_numbers(sizes, self.mesh.axis_size("data")),
-            save_distributed=True,
-        )
-        files = _HashingFileSystem()
-        writer.fs = files
-        problem = None
-        try:
-            dcp.save(tensors, storage_writer=writer, process_group=self.mesh.control)
-        except (dcp.api.CheckpointException, OSError) as error:
-            causes = getattr(error, "failures", {})
-            problem = str(next(iter(causes.values()))[0]) if causes else str(error)
-        problems, parts = zip(*self.mesh.gather((problem, files.digests)), strict=True)
-        failed = next((text for text in problems if text is not None), None)
-        if failed is not None:
-            if self.mesh.is_main:
-                shutil.rmtree(directory, ignore_errors=True)
-            raise CheckpointError(f"{directory}: could not be written: {failed}")
-        return {name: digest for part in parts for name, digest in part.items()}
-
     def _finish(
         self,
         temporary: Path,
         final: Path,
         step: int,
         digests: dict[str, FileDigest],
-        trainer_state: dict[str, Any],
+        trainer_state: str,
     ) -> None:
         """Add the small files and the manifest, and publish."""
         write_model_config(temporary, self.recipe.model)
-        (temporary / "trainer.json").write_text(
-            json.dumps(trainer_state, indent=1), encoding="utf-8"
-        )
+        (temporary / "trainer.json").write_text(trainer_state, encoding="utf-8")
         (temporary / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         tokenizer = self.run_dir / "tokenizer"
         if tokenizer.is_dir():
             copy_tokenizer(tokenizer, temporary / "tokenizer")
         write_manifest(temporary, digests, {"step": step, "processes": self.mesh.size})
         publish(temporary, final)
-        write_durably(self.run_dir / "latest", final.name + "\n")
 
-    def _drop_old(self, newest: Path) -> None:
-        """Delete what is beyond `keep`, sparing permanent steps and the one resumed from."""
+    def _make_latest(self, newest: Path) -> None:
+        """Name a verified checkpoint in `latest` and delete what is beyond `keep`.
+
+        Permanent steps and the checkpoint that the run resumed from are spared.
+        """
+        write_durably(self.run_dir / "latest", newest.name + "\n")
         permanent = self.recipe.checkpoint.permanent_interval
         others = [path for path in find_checkpoints(self.run_dir) if path != newest]
         for path in others[self.recipe.checkpoint.keep - 1 :]:
@@ -261,7 +260,7 @@ class CheckpointManager:
             problem = self._verify(path)
             if problem is None:
                 return path
-            aside = self._on_main(partial(_set_aside, path))
+            aside = self._on_main(partial(_set_aside, path, problem))
             if self.mesh.is_main:
                 message = f"megaphi: damaged checkpoint: {problem}; set aside as {aside}"
                 print(message, file=sys.stderr, flush=True)
@@ -275,7 +274,7 @@ class CheckpointManager:
 
     def _find_named(self, path: Path, own: list[Path]) -> Path:
         """Verify the checkpoint that the user named."""
-        if not path.is_dir():
+        if not self._on_main(path.is_dir):
             raise ValueError(f"checkpoint.resume={path}: no such checkpoint directory")
         if own and own[0].name > path.name:
             raise ValueError(
@@ -302,13 +301,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: the checkpoint has no trainer state or lacks a tensor.
         """
-        path = directory / "trainer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{directory} holds weights only; start from it with checkpoint.initialize_from"
-            )
         self._protected = directory
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = self._on_main(partial(_read_trainer_state, directory))
         reader = dcp.HuggingFaceStorageReader(str(directory))
         try:
             dcp.load(tensors_of(state), storage_reader=reader, process_group=self.mesh.control)
@@ -318,8 +312,28 @@ class CheckpointManager:
         return state
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint to the first free `….corrupt-N`."""
+def _read_trainer_state(directory: Path) -> Any:
+    """The trainer's part of a verified checkpoint."""
+    path = directory / "trainer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds weights only; start from it with checkpoint.initialize_from"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _set_aside(path: Path, problem: str) -> Path:
+    """Rename a checkpoint in which a process found a problem to the first free `….corrupt-N`.
+
+    Raises:
+        RunError: this process finds nothing wrong with it; it stays where it is.
+    """
+    with contextlib.suppress(CheckpointError, OSError):
+        verify_checkpoint(path)
+        raise RunError(
+            f"{problem}; but process 0 finds this checkpoint sound. Do all hosts see the same "
+            "files? Nothing was changed; run me again"
+        )
     number = 1
     while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
         number += 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kernels.matmul import add_product_, fp32_product
 from megaphi.parallel.tensor import local
@@ -20,11 +21,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T + b, [..., out_features]."""
-        return linear(x, local(self.weight), local(self.bias))
+        return linear(x, self.weight, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
         """X W^T, without the bias, [..., out_features]."""
-        return linear(x, local(self.weight), None)
+        return linear(x, self.weight, None)
 
 
 ADDS_UP = "gradient_adds_up_in_gemm"
@@ -46,16 +47,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     16-bit inputs and fp32 output: there the gradient of a micro-batch is rounded to 16 bits before
     it is added up.
     """
-    in_gemm = (
-        x.is_cuda
-        and x.dtype != torch.float32
-        and getattr(weight, "grad_dtype", None) == torch.float32
-        and not torch.compiler.is_compiling()
-    )
-    if not in_gemm:
-        return F.linear(x, weight, bias)
+    # asked first: the compiler cannot follow the other question
+    if torch.compiler.is_compiling() or not gradient_in_gemm(x, weight):
+        return F.linear(x, local(weight), None if bias is None else local(bias))
+    bias = None if bias is None else local(bias)
     result: Tensor = LinearWithFp32Gradient.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result
+
+
+def gradient_in_gemm(x: Tensor, weight: Tensor) -> bool:
+    """Whether the GEMM of a weight's gradient can and should write fp32."""
+    if not x.is_cuda or x.dtype == torch.float32:
+        return False
+    return weight.is_leaf and getattr(weight, "grad_dtype", None) == torch.float32
+
+
+def fp32_weight_gradient(weight: Tensor, grad_nm: Tensor, x_nk: Tensor) -> Tensor | None:
+    """fp32 gradient of a weight, or None where it was added onto `weight.grad` in place.
+
+    Args:
+        weight: the parameter, [m, k]; under tensor parallelism a DTensor, and so is its gradient.
+        grad_nm: gradient of this process's outputs.
+        x_nk: this process's inputs.
+    """
+    adds_up = weight.is_leaf and getattr(weight, ADDS_UP, False)
+    so_far = weight.grad if adds_up else None
+    if so_far is None:
+        return as_placed(fp32_product(grad_nm.t(), x_nk), weight)
+    add_product_(local(so_far), grad_nm.t(), x_nk)
+    return None
+
+
+def as_placed(part: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that lies on the tensor axis as `like` does."""
+    if not isinstance(like, DTensor):
+        return part
+    placed: Tensor = DTensor.from_local(part, like.device_mesh, like.placements, run_check=False)
+    return placed
 
 
 class LinearWithFp32Gradient(torch.autograd.Function):
@@ -72,10 +100,10 @@ class LinearWithFp32Gradient(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """Compute x W^T + b."""
+        """Compute x W^T + b; the weight may be a DTensor, of which this is the local part."""
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return F.linear(x, weight, bias)
+        return F.linear(x, local(weight), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -84,17 +112,12 @@ class LinearWithFp32Gradient(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, of W (None where it was added up in place), and of b."""
         x, weight = ctx.saved_tensors
-        grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+        grad_x = grad_y @ local(weight) if ctx.needs_input_grad[0] else None
         rows_nm, rows_nk = grad_y.flatten(0, -2), x.flatten(0, -2)
         grad_bias = rows_nm.sum(dim=0, dtype=torch.float32) if ctx.has_bias else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            adds_up = weight.is_leaf and getattr(weight, ADDS_UP, False)
-            so_far = weight.grad if adds_up else None
-            if so_far is None:
-                grad_weight = fp32_product(rows_nm.t(), rows_nk)
-            else:
-                add_product_(so_far, rows_nm.t(), rows_nk)
+            grad_weight = fp32_weight_gradient(weight, rows_nm, rows_nk)
         return grad_x, grad_weight, grad_bias
 
 

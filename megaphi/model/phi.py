@@ -18,7 +18,7 @@ process holds a part of the rows between blocks, and all rows but a part of the 
 MLP inside of one; under context parallelism it holds a part of every sequence.
 
 Suffixes: b batch, t time, n rows (b x t, or this process's part of them), d hidden width, h heads,
-c the parts q, k, v, k elements of a head, f inner width of the MLP, v vocabulary.
+c the parts q, k, v, k elements of a head, m = h c k, f inner width of the MLP, v vocabulary.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ from megaphi.model.linear import MakeLinear, make_linear
 from megaphi.model.rotary import rotary_tables
 from megaphi.parallel.axes import Axes
 from megaphi.parallel.context import attention_over_context
+from megaphi.parallel.overlap import column_pair
 from megaphi.parallel.tensor import embed, local
 from megaphi.parallel.tensor import linear_cross_entropy as vocabulary_parallel_cross_entropy
 
@@ -160,9 +161,18 @@ class Block(nn.Module):
         self, normed_nd: Tensor, residual_nd: Tensor, batch: Batch, cache: BlockCache | None
     ) -> tuple[Tensor, Tensor]:
         """The block itself."""
-        rows_nd = self.axes.tensor.gather(normed_nd)
-        attention_nd = self.out.product(self.attend(rows_nd, batch, cache))
-        inner_nf = self.fc1.product(rows_nd)
+        tensor = self.axes.tensor
+        if tensor.overlaps:
+            keep_rows = self.recompute == "full"
+            packed_nm, inner_nf = column_pair(
+                normed_nd, self.qkv, self.fc1, tensor, keep_rows=keep_rows
+            )
+            attention_nd = self.out.product(self.attend(packed_nm, batch, cache))
+        else:
+            # fc1 after the attention: in the backward pass its large gradient is gone before that
+            rows_nd = tensor.gather(normed_nd)
+            attention_nd = self.out.product(self.attend(self.qkv(rows_nd), batch, cache))
+            inner_nf = self.fc1.product(rows_nd)
         if self.recompute == "selective" and torch.is_grad_enabled():
             mlp_nd = recomputed(self.second_half, inner_nf)
         else:
@@ -217,13 +227,13 @@ class Block(nn.Module):
         residual_nd = residual_nd + tensor.sum_and_cut(branches_nd)
         return ops.layer_norm(residual_nd, weight_d, bias_d, norm.eps), residual_nd
 
-    def attend(self, rows_nd: Tensor, batch: Batch, cache: BlockCache | None) -> Tensor:
-        """Project, turn, attend; this process's heads side by side [n, h k]."""
+    def attend(self, packed_nm: Tensor, batch: Batch, cache: BlockCache | None) -> Tensor:
+        """Turn the packed projection, attend; this process's heads side by side [n, h k]."""
         config, tensor = self.config, self.axes.tensor
         num_heads = config.num_heads // tensor.size
         shape = (batch.size, batch.time, num_heads, 3, config.head_size)
         # unbound before they are transposed, so that their gradients come back in packed order
-        packed_bthck = ops.rotary_packed(self.qkv(rows_nd).view(shape), *batch.rotary)
+        packed_bthck = ops.rotary_packed(packed_nm.view(shape), *batch.rotary)
         query_bthk, key_bthk, value_bthk = packed_bthck.unbind(dim=3)
         context, num_keys = self.axes.context, batch.time * self.axes.context.size
 

@@ -15,10 +15,10 @@ class Axes:
     context: ContextAxis = field(default_factory=ContextAxis)
 
 
-def axes_of(mesh: Mesh) -> Axes:
-    """The axes of a run's processes."""
+def axes_of(mesh: Mesh, overlaps: bool = False) -> Axes:
+    """The axes of a run's processes; `overlaps` as in `TensorAxis`."""
     tensor, context = (
         (mesh.group(axis), mesh.axis_rank(axis), mesh.axis_size(axis))
         for axis in ("tensor", "context")
     )
-    return Axes(TensorAxis(*tensor), ContextAxis(*context))
+    return Axes(TensorAxis(*tensor, overlaps), ContextAxis(*context))

@@ -32,7 +32,8 @@ class Mesh:
     shards: DeviceMesh
     """Data and context axis as one: the processes that share the same weights."""
     control: dist.ProcessGroup
-    """All processes over gloo, for small messages between hosts' CPUs."""
+    """All processes over gloo, for small messages between hosts' CPUs about checkpoints: a thread
+    may use it while training uses the others."""
 
     @property
     def rank(self) -> int:
@@ -137,10 +138,8 @@ def processes(parallel: Parallel | None = None) -> Iterator[Mesh]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        world = dist.group.WORLD
-        assert world is not None
         shape = grid_shape(parallel, dist.get_world_size())
-        control = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else world
+        control = dist.new_group(backend="gloo", timeout=timeout)
         grid = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
         shards = grid["data", "context"]._flatten("shards")
         yield Mesh(device=device, grid=grid, shards=shards, control=control)

@@ -1,5 +1,6 @@
 """The one place, and the one order, in which the model is wrapped for several processes."""
 
+import itertools
 from functools import partial
 
 import torch
@@ -29,15 +30,20 @@ def parallelize(model: Phi, mesh: Mesh, parallel: Parallel, compute_dtype: torch
         # the model decides by itself what stays in fp32 (the rotary tables)
         cast_forward_inputs=False,
     )
-    for module in (model.embedding, *model.blocks, model.head, model):
-        if module is None:
-            continue
+    units = [unit for unit in (model.embedding, *model.blocks, model.head) if unit is not None]
+    for module in (*units, model):
         fully_shard(
             module,
             mesh=mesh.shards,
             mp_policy=policy,
             reshard_after_forward=parallel.reshard_after_forward,
         )
+    for unit, following in itertools.pairwise(units):
+        # asked for before this unit's products are, however late the host is; the backward pass
+        # does so by itself
+        assert isinstance(unit, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        unit.set_modules_to_forward_prefetch([following])
     adds_up = parallel.pipeline == 1 or parallel.pipeline_schedule in ("1f1b", "interleaved")
     for module in sharded_modules(model):
         # gloo has neither mean nor scaled sum; a plain sum needs no other reduction

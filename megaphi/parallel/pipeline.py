@@ -26,6 +26,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
+from torch.torch_version import TorchVersion
 
 from kernels.ops import DropoutSeed
 from megaphi.config import Model, Parallel, Recipe
@@ -39,6 +40,8 @@ SCHEDULES: dict[str, Any] = {
     "interleaved-zero-bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
 }
+_SPLIT_BACKWARD = (ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble)
+"""Schedules that ask for the gradients of inputs and of weights in passes of their own."""
 
 
 def split_layers(config: Model, num_stages: int) -> list[range]:
@@ -145,6 +148,12 @@ class Pipeline:
             self._part(stage, number) for stage, number in zip(stages, self._numbers, strict=True)
         ]
         kind = SCHEDULES[recipe.parallel.pipeline_schedule]
+        if kind in _SPLIT_BACKWARD and torch.__version__ < TorchVersion("2.13"):
+            raise ValueError(
+                f"parallel.pipeline_schedule={recipe.parallel.pipeline_schedule} needs PyTorch 2.13 "
+                f"or newer, this is {torch.__version__}: earlier ones cannot split the backward "
+                "pass of our operations; use 1f1b or interleaved"
+            )
         self.schedule = kind(
             parts[0] if kind is Schedule1F1B else parts,
             self._num_micro_batches,

@@ -3,12 +3,13 @@
 Between blocks each process of the tensor axis holds a part of the rows (tokens); inside a block all
 rows and a part of the heads and of the MLP's inner width. A block of phi adds attention and MLP to
 the residual stream at once, so it needs one all-gather where it begins and one reduce-scatter where
-it ends, and the same again in the backward pass: half of what a serial block needs.
+it ends, and the same again in the backward pass: half of what a serial block needs. Which of them
+run beside matrix products is in `megaphi.parallel.overlap`.
 
 Rows are the flattened [b, t], cut into equal contiguous parts, so that gathering them needs no
 copy; nothing outside of the attention cares where a sequence begins.
 
-Suffixes: n rows, d hidden width, v this process's part of the vocabulary.
+Suffixes: n rows, d hidden width, v this process's part of the vocabulary, r processes.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from kernels import ops
 from kernels.matmul import add_product_
 
 
@@ -30,6 +32,8 @@ class TensorAxis:
     group: dist.ProcessGroup | None = None
     rank: int = 0
     size: int = 1
+    overlaps: bool = False
+    """Whether blocks begin with `megaphi.parallel.overlap.column_pair`."""
 
     def gather(self, part_nd: Tensor) -> Tensor:
         """The rows of all processes, [n x size, d]; their gradients are added up and cut."""
@@ -49,17 +53,27 @@ class TensorAxis:
         """This process's part of rows that every process has; carries no gradient."""
         return rows_nd.chunk(self.size)[self.rank] if self.size > 1 else rows_nd
 
-    def _all_gather(self, part_nd: Tensor) -> Tensor:
-        """Rows of all processes, one after the other."""
-        rows_nd = part_nd.new_empty(part_nd.shape[0] * self.size, *part_nd.shape[1:])
-        dist.all_gather_into_tensor(rows_nd, part_nd.contiguous(), group=self.group)
+    def start_gather(self, part_nd: Tensor) -> Tensor:
+        """Begin to collect the rows of all processes, one after the other; `finished` has them."""
+        assert self.group is not None
+        rows_nd: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(
+            part_nd.contiguous(), self.size, self.group.group_name
+        )
         return rows_nd
 
-    def _reduce_scatter(self, rows_nd: Tensor) -> Tensor:
-        """Sum over processes, of which each keeps its part."""
-        part_nd = rows_nd.new_empty(rows_nd.shape[0] // self.size, *rows_nd.shape[1:])
-        dist.reduce_scatter_tensor(part_nd, rows_nd.contiguous(), group=self.group)
+    def start_sum_and_cut(self, rows_nd: Tensor) -> Tensor:
+        """Begin to add up rows over processes, of which each keeps its part in `finished`."""
+        assert self.group is not None
+        part_nd: Tensor = torch.ops._c10d_functional.reduce_scatter_tensor(
+            rows_nd.contiguous(), "sum", self.size, self.group.group_name
+        )
         return part_nd
+
+
+def finished(started: Tensor) -> Tensor:
+    """The result of a collective that was started; on a GPU the stream waits, not the host."""
+    result: Tensor = torch.ops._c10d_functional.wait_tensor(started)
+    return result
 
 
 ALONE = TensorAxis()
@@ -73,12 +87,12 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, part_nd: Tensor, axis: TensorAxis) -> Tensor:  # type: ignore[override]
         """Rows of all processes."""
         ctx.axis = axis
-        return axis._all_gather(part_nd)
+        return finished(axis.start_gather(part_nd))
 
     @staticmethod
     def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Every process used the rows for its own part of the layer: the gradients add up."""
-        return ctx.axis._reduce_scatter(grad_nd), None
+        return finished(ctx.axis.start_sum_and_cut(grad_nd)), None
 
 
 class _SumAndCut(torch.autograd.Function):
@@ -88,12 +102,12 @@ class _SumAndCut(torch.autograd.Function):
     def forward(ctx: Any, partial_nd: Tensor, axis: TensorAxis) -> Tensor:  # type: ignore[override]
         """This process's part of the sum."""
         ctx.axis = axis
-        return axis._reduce_scatter(partial_nd)
+        return finished(axis.start_sum_and_cut(partial_nd))
 
     @staticmethod
     def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Each addend gets the gradient of all rows."""
-        return ctx.axis._all_gather(grad_nd), None
+        return finished(ctx.axis.start_gather(grad_nd)), None
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -163,15 +177,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias_v = torch.zeros_like(bias_v, dtype=torch.float32)
         chunk_rows = 512 if x_nd.device.type == "cpu" else 4096
         ids_n = labels_n - axis.rank * weight_vd.shape[0]
+        buffer_nv = x_nd.new_empty(min(chunk_rows, len(x_nd)), len(weight_vd))
         for start in range(0, len(x_nd), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits_nv = F.linear(x_nd[rows], weight_vd, bias_v).float()
-            loss += _loss_to_gradient_(logits_nv, ids_n[rows], axis)
+            logits_nv = buffer_nv[: len(x_nd[rows])]
+            torch.addmm(bias_v, x_nd[rows], weight_vd.t(), out=logits_nv)
+            maximum_n, total_n, losses_n = _softmax(logits_nv, ids_n[rows], axis)
+            loss += losses_n.sum()
             if with_gradients:
-                gradient_nv = logits_nv.to(x_nd.dtype)
-                grad_bias_v += logits_nv.sum(dim=0)
-                torch.mm(gradient_nv, weight_vd, out=grad_x_nd[rows])
-                add_product_(grad_weight_vd, gradient_nv.t(), x_nd[rows])
+                ops.vocabulary_gradient_(logits_nv, ids_n[rows], maximum_n, total_n)
+                grad_bias_v += logits_nv.sum(dim=0, dtype=torch.float32)
+                torch.mm(logits_nv, weight_vd, out=grad_x_nd[rows])
+                add_product_(grad_weight_vd, logits_nv.t(), x_nd[rows])
         ctx.dtypes = (x_nd.dtype, weight_vd.dtype, bias_v.dtype)
         if with_gradients:
             ctx.save_for_backward(grad_x_nd, grad_weight_vd, grad_bias_v)
@@ -190,22 +207,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _loss_to_gradient_(logits_nv: Tensor, ids_n: Tensor, axis: TensorAxis) -> Tensor:
-    """Overwrite fp32 logits with softmax - onehot; return the sum of the rows' losses.
+def _softmax(logits_nv: Tensor, ids_n: Tensor, axis: TensorAxis) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum and sum of exponentials of rows over the whole vocabulary, and the rows' losses.
 
     `ids_n` are the targets as rows of this process's part; outside of it the target is another's.
+    A target outside of the vocabulary makes its row NaN, as on one process.
     """
-    maximum_n = logits_nv.amax(dim=1)
-    dist.all_reduce(maximum_n, dist.ReduceOp.MAX, group=axis.group)
-    logits_nv -= maximum_n[:, None]
-    here_n = (ids_n >= 0) & (ids_n < logits_nv.shape[1])
-    column_n = ids_n.where(here_n, 0)[:, None]
-    target_n = logits_nv.gather(1, column_n)[:, 0] * here_n
-    logits_nv.exp_()
-    sums = torch.stack((logits_nv.sum(dim=1), target_n))
-    dist.all_reduce(sums, group=axis.group)
-    total_n, target_n = sums
-    logits_nv /= total_n[:, None]
-    logits_nv.scatter_add_(1, column_n, -here_n[:, None].float())
-    loss: Tensor = (total_n.log() - target_n).sum()
-    return loss
+    mine = ops.vocabulary_statistics(logits_nv, ids_n)
+    maximum_rn, total_rn, target_rn = (
+        finished(axis.start_gather(mine[None])).transpose(0, 1).unbind()
+    )
+    maximum_n, target_n = maximum_rn.amax(dim=0), target_rn.amax(dim=0)
+    total_n = (total_rn * (maximum_rn - maximum_n).exp()).sum(dim=0)
+    total_n = total_n.masked_fill(target_n == float("-inf"), float("nan"))
+    # in this order: next to a large maximum the logarithm would lose its digits
+    return maximum_n, total_n, (maximum_n - target_n) + total_n.log()

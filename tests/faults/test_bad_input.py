@@ -210,9 +210,9 @@ def test_non_finite_steps_change_nothing_and_stop_the_run(
 def test_disk_full_is_named_and_older_checkpoints_stay(
     toy_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_here: Train
 ) -> None:
-    from megaphi.checkpoint import manager
+    from megaphi.checkpoint import shards
 
-    real = manager._HashingStream.write
+    real = shards._HashingStream.write
     calls = {"count": 0}
 
     def write(self: object, block: bytes) -> int:
@@ -221,7 +221,7 @@ def test_disk_full_is_named_and_older_checkpoints_stay(
             raise OSError(28, "No space left on device")
         return real(self, block)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(manager._HashingStream, "write", write)
+    monkeypatch.setattr(shards._HashingStream, "write", write)
     with pytest.raises(CheckpointError, match="No space left on device"):
         train_here(toy_options(toy_tokens, tmp_path / "run"))
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000005"]

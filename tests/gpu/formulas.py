@@ -40,6 +40,20 @@ def bias_dropout_add_layer_norm(
     return layer_norm(r, weight, bias, epsilon), r
 
 
+def bias_dropout_add(
+    attention: Tensor,
+    attention_bias: Tensor,
+    mlp: Tensor,
+    mlp_bias: Tensor,
+    probability: float,
+    dropout: DropoutSeed,
+    site: int,
+) -> Tensor:
+    masks = dropout_masks(attention.shape, probability, dropout, site, attention.device)
+    mask_a, mask_b = (mask.double() for mask in masks)
+    return mask_a * (attention + attention_bias) + mask_b * (mlp + mlp_bias)
+
+
 def rotary_packed(qkv: Tensor, cosine_tr: Tensor, sine_tr: Tensor) -> Tensor:
     half = cosine_tr.shape[-1]
     angle = torch.complex(cosine_tr, sine_tr)[:, None, None, :]
@@ -57,6 +71,17 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     logits = x @ weight.t() + bias
     return (logits.logsumexp(-1) - logits.gather(-1, labels[:, None])[:, 0]).sum()
+
+
+def vocabulary_statistics(logits: Tensor, ids: Tensor) -> Tensor:
+    maximum = logits.amax(1)
+    total = (logits - maximum[:, None]).exp().sum(1)
+    return torch.stack((maximum, total, logits.gather(1, ids[:, None])[:, 0]))
+
+
+def vocabulary_gradient_(logits: Tensor, ids: Tensor, maximum: Tensor, total: Tensor) -> None:
+    onehot = torch.nn.functional.one_hot(ids, logits.shape[1])
+    logits.copy_((logits - maximum[:, None]).exp() / total[:, None] - onehot)
 
 
 def adamw_step_(

@@ -41,6 +41,10 @@ def test_counts_at_the_shapes_of_phi_1() -> None:
         "layer_norm": (2 * 16384 * token + 2 * token, 3 * 16384 * token + 3 * token),
         "block end": (5 * 16384 * token + 4 * token, 4 * 16384 * token + 5 * token),
         "block end, dropout 0.1": (5 * 16384 * token + 4 * token, 6 * 16384 * token + 5 * token),
+        "bias_dropout_add": (3 * 16384 * token + 2 * token,) * 2,
+        # 4,096 rows of half the ids: read; read and written
+        "vocabulary_statistics": (4096 * (51200 + 20), None),
+        "vocabulary_gradient_": (4096 * (2 * 51200 + 16), None),
         # 32 heads, q and k, 32 of 64 elements: half a token vector each way, and the tables
         "rotary_packed": (2 * 16384 * token + 262_144, 2 * 16384 * token + 262_144),
         "bias_gelu": (2 * 268_435_456 + 16_384, 3 * 268_435_456 + 2 * 16_384),

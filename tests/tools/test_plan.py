@@ -10,11 +10,11 @@ import pytest
 import megaphi.config
 import tools.plan
 from megaphi.config import Data, Recipe, Train
-from megaphi.metrics.devices import DEVICES
-from megaphi.metrics.layout import Layout, Recompute
 from tests.helpers import REPOSITORY
 from tools.bench_train import Configuration
 from tools.cli import main
+from tools.planning.devices import DEVICES
+from tools.planning.layout import Layout, Recompute
 
 RECIPE = str(REPOSITORY / "launch" / "recipes" / "phi-1-base.yaml")
 

@@ -12,8 +12,14 @@ from torch.utils._pytree import tree_leaves
 from kernels.dispatch import interpreting
 from kernels.ops import DropoutSeed
 from megaphi.config import Model, Optimizer, Parallel
-from megaphi.metrics.layout import Job, Layout, PipelineSchedule, Recompute, problems, search
-from megaphi.metrics.memory import (
+from megaphi.model.phi import Phi
+from megaphi.model.rotary import rotary_tables
+from megaphi.optim.adamw import AdamW, local
+from megaphi.parallel.mesh import processes
+from megaphi.parallel.parallelize import parallelize, send_gradients, sharded_modules
+from tests.kernels.interpreter import assert_passes_in_the_interpreter
+from tools.planning.layout import Job, Layout, PipelineSchedule, Recompute, problems, search
+from tools.planning.memory import (
     GIB,
     block_saved_bytes,
     loss_kept_bytes,
@@ -22,12 +28,6 @@ from megaphi.metrics.memory import (
     stage_memory,
     stage_saved_bytes,
 )
-from megaphi.model.phi import Phi
-from megaphi.model.rotary import rotary_tables
-from megaphi.optim.adamw import AdamW, local
-from megaphi.parallel.mesh import processes
-from megaphi.parallel.parallelize import parallelize, send_gradients, sharded_modules
-from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from megaphi.config import Model
-from megaphi.metrics.devices import DEVICES, find_device
 from megaphi.metrics.flops import flops_per_token, peak_flops
-from megaphi.metrics.layout import Job, Layout, PipelineSchedule, Recompute
-from megaphi.metrics.timing import (
+from tools.planning.devices import DEVICES, find_device
+from tools.planning.layout import Job, Layout, PipelineSchedule, Recompute
+from tools.planning.timing import (
     PUBLISHED,
     RATES,
     assumptions,

@@ -18,8 +18,8 @@ import math
 from dataclasses import dataclass
 
 from megaphi.config import Model
-from megaphi.metrics.layout import Job, Layout, PipelineSchedule, Recompute
 from megaphi.model.phi import parameter_shapes
+from tools.planning.layout import Job, Layout, PipelineSchedule, Recompute
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.75 * GIB)

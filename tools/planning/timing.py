@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 from megaphi.config import Model
-from megaphi.metrics.devices import DEVICES, Device
 from megaphi.metrics.flops import flops_per_token
-from megaphi.metrics.layout import Job, Layout, PipelineSchedule, Recompute
-from megaphi.metrics.memory import LOSS_CHUNK_ROWS, stage_groups
+from tools.planning.devices import DEVICES, Device
+from tools.planning.layout import Job, Layout, PipelineSchedule, Recompute
+from tools.planning.memory import LOSS_CHUNK_ROWS, stage_groups
 
 WIDTH_KNEE = 256
 """Narrower products run slower: rate w / (w + knee), 1 at width 2,048 [E]."""
@@ -30,7 +30,7 @@ prediction: a block that computes for less is reported."""
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a device achieves; shares are of the peaks of `megaphi.metrics.devices`."""
+    """What a device achieves; shares are of the peaks of `tools.planning.devices`."""
 
     gemm_share: float
     attention: float
@@ -105,7 +105,7 @@ class StepTime:
 
 
 def step_time(job: Job, layout: Layout, device: Device, gpus_per_node: int = 8) -> StepTime:
-    """Predict a step; `layout` must be free of `megaphi.metrics.layout.problems`."""
+    """Predict a step; `layout` must be free of `tools.planning.layout.problems`."""
     rates = RATES[device.name]
     count, tokens = layout.micro_batches(job), layout.tokens(job)
     hbm = device.hbm_bandwidth * rates.hbm_share
