@@ -150,9 +150,9 @@ class Pipeline:
         kind = SCHEDULES[recipe.parallel.pipeline_schedule]
         if kind in _SPLIT_BACKWARD and torch.__version__ < TorchVersion("2.13"):
             raise ValueError(
-                f"parallel.pipeline_schedule={recipe.parallel.pipeline_schedule} needs PyTorch 2.13 "
-                f"or newer, this is {torch.__version__}: earlier ones cannot split the backward "
-                "pass of our operations; use 1f1b or interleaved"
+                f"parallel.pipeline_schedule={recipe.parallel.pipeline_schedule} needs PyTorch "
+                f"2.13 or newer, this is {torch.__version__}: earlier ones cannot split the "
+                "backward pass of our operations; use 1f1b or interleaved"
             )
         self.schedule = kind(
             parts[0] if kind is Schedule1F1B else parts,

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch.torch_version import TorchVersion
 
 from megaphi.checkpoint.manifest import find_checkpoints
 from megaphi.checkpoint.weights import CheckpointWeights, load_model
 from megaphi.generate import generate
 from tests.helpers import curve, toy_options
 from tests.layouts import Launcher
+
+# the schedule with two stages a process, there and back; PyTorch before 2.13 cannot run it
+FOLDED = "zbv" if torch.__version__ >= TorchVersion("2.13") else "interleaved"
 
 SAVED = 3
 TRAININGS = "tests.checkpoint.trainings"
@@ -38,7 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline 2 x data 2": {"pipeline": 2},
     "tensor 2 x context 2": {"tensor": 2, "context": 2},
     "data 4": {},
-    "zbv 2 x tensor 2": {"pipeline": 2, "pipeline_schedule": "zbv", "tensor": 2},
+    "zbv 2 x tensor 2": {"pipeline": 2, "pipeline_schedule": FOLDED, "tensor": 2},
     "data 2 x tensor 2": {"tensor": 2},
 }
 FIRST, *OTHERS = LAYOUTS
