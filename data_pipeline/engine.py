@@ -38,10 +38,17 @@ PART_BYTES = 32 * 2**20  # a part file is closed once it has grown to this, befo
 
 @dataclass
 class Tally:
-    """What a shard has read, counted where it is read and not where it is written."""
+    """What a shard has read, counted where it is read and not where it is written.
+
+    Attributes:
+        records_in: documents read.
+        inputs: what identifies them, for `Work.describe`.
+        notes: what the stage wants to say about the shard as a whole, for `Work.finish`.
+    """
 
     records_in: int = 0
     inputs: list[Json] = field(default_factory=list)
+    notes: list[Json] = field(default_factory=list)
 
 
 class ShardFunction(Protocol):
@@ -146,6 +153,7 @@ def _run_shard(task: tuple[Stage, Any, Path]) -> dict[str, Json]:
         "reasons": dict(rejected),
         "text_bytes": text_bytes,
         "inputs": tally.inputs,
+        "notes": tally.notes,
         "part": parts.entries(),
         "rejected": rejects.entries(),
     }
@@ -175,12 +183,18 @@ class Work:
         describe: from what each shard's `Tally.inputs` recorded, the manifest's `inputs`.
         identify: the same without running the stage, by reading the inputs; called when a
             finished output may be reused.
+        prepare: called before the first shard, by the one process that holds the output's lock,
+            and not when a finished output is reused.
+        finish: called with the work directory and each shard's `Tally.notes`, in order, before
+            the output is published; it may put reports beside the parts.
     """
 
     shards: Sequence[Any]
     fingerprint: Json
     describe: Callable[[list[list[Json]]], list[dict[str, Json]]]
     identify: Callable[[], list[dict[str, Json]]]
+    prepare: Callable[[], None] = lambda: None
+    finish: Callable[[Path, list[list[Json]]], None] = lambda directory, notes: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +249,10 @@ def run_stage(
     plan = digest([stage.name, stage.version, stage.config, stage.compress, seed, work.fingerprint])
     directory = WorkDirectory(out.with_name(out.name + ".partial"), plan)
     try:
+        work.prepare()
         results = _run_shards(stage, work, directory, options)
         manifest = _gather(stage, work, directory, results, seed)
+        work.finish(directory.path, [result.get("notes", []) for result in results])
         run = {
             "seconds": round(time.monotonic() - started, 3),
             "workers": options.workers,

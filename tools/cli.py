@@ -17,6 +17,7 @@ VERBS = {
     "train": ("tools.train", "train a recipe (the same as python -m megaphi.train)"),
     "convert": ("tools.convert", "to and from Hugging Face model directories"),
     "generate": ("tools.generate", "complete a prompt with a trained model"),
+    "evaluate": ("tools.evaluate", "pass@k of a model or of completions, programs run isolated"),
     "inspect": ("tools.inspect", "say what a token file, checkpoint or run is, and verify it"),
     "plan": ("tools.plan", "memory, speed, days and GPU-hours of a recipe, and better layouts"),
     "doctor": ("tools.doctor", "what this machine has, what a run would use of it, and why"),

@@ -17,13 +17,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.hostile_programs import (
+    ESCAPES,
+    FLOOD,
+    FORGERIES,
+    HONEST,
+    INSIDE_ONLY,
+    INSIDERS,
+    TEST,
+)
 from tools.cli import main
 from tools.evaluation.executor import judge_all
+from tools.evaluation.memory_group import descendants
 from tools.evaluation.program_test import ProgramTest
 from tools.evaluation.sandbox import Lane, Limits, Verdict
 
 LIMITS = Limits(seconds=1.0, memory_bytes=512 << 20)
-SLACK = 2.0
+SLACK = 60.0  # a hang, and not a busy machine
 SUITE = '{"task_id": "1", "prompt": "def f():\\n", "entry_point": "f", "test": "def check(f):\\n    f()\\n", "canonical_solution": "    return 1\\n"}\n'  # noqa: E501
 
 
@@ -53,280 +63,12 @@ def ask(lane: Lane, program: str, call: str = "f()", equal: str = "True") -> Ver
     return lane.judge(textwrap.dedent(program), test)
 
 
-def descendants(pid: int) -> set[int]:
-    """All processes below one, by the parent that each names."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit():
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                parents[int(entry.name)] = int(fields[1])
-        except OSError:
-            continue  # it ended while we looked
-    found, new = set(), {pid}
-    while new:
-        found |= new
-        new = {child for child, parent in parents.items() if parent in new} - found
-    return found - {pid}
-
-
 def sandbox_processes(lane: Lane) -> set[int]:
     processes: set[int] = set()
     for sandbox in lane._sandboxes:
         pid = sandbox._process.pid
-        processes |= {pid} | descendants(pid)
+        processes |= descendants(pid)
     return processes
-
-
-# Each f(port, folder) returns True if it got out. `folder` is on the host, open to all, and holds
-# `secret`; on `port` a server listens on the loopback interface.
-ESCAPES = {
-    "loopback": """
-        import socket
-        def f(port, folder):
-            socket.create_connection(("127.0.0.1", port), 2).close()
-            return True
-    """,
-    "udp": """
-        import socket
-        def f(port, folder):
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-                sender.settimeout(0.5)
-                sender.sendto(b"ping", ("127.0.0.1", port))
-                return sender.recv(9) == b"ping"
-    """,
-    "unix socket": """
-        import socket
-        def f(port, folder):
-            socket.socket(socket.AF_UNIX).connect(folder + "/unix")
-            return True
-    """,
-    "abstract socket": """
-        import socket
-        def f(port, folder):
-            socket.socket(socket.AF_UNIX).connect(f"\\0megaphi-test-{port}")
-            return True
-    """,
-    "read a file": """
-        def f(port, folder):
-            return open(folder + "/secret").read() == "secret"
-    """,
-    "write a file": """
-        def f(port, folder):
-            open(folder + "/written", "w").write("x")
-            return True
-    """,
-    "environment": """
-        import os
-        def f(port, folder):
-            return "MEGAPHI_TEST_KEY" in os.environ or bool(os.environ)
-    """,
-    "environment of processes": """
-        import glob
-        def f(port, folder):
-            for path in glob.glob("/proc/*/environ"):
-                try:
-                    if b"MEGAPHI_TEST_KEY" in open(path, "rb").read():
-                        return True
-                except OSError:
-                    pass
-    """,
-    "environment in memory": """
-        import ctypes
-        def f(port, folder):
-            environ = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
-            return bool(environ) and bool(environ[0])
-    """,
-    "other processes": """
-        import os
-        def f(port, folder):
-            return len([name for name in os.listdir("/proc") if name.isdigit()]) > 0
-    """,
-    "shell": """
-        import os
-        def f(port, folder):
-            return os.path.exists("/bin/sh") and os.system("true") == 0
-    """,
-    "users": """
-        def f(port, folder):
-            return "root" in open("/etc/passwd").read()
-    """,
-    "parent's identity": """
-        import os
-        def f(port, folder):
-            return os.getppid() != 0
-    """,
-}
-# As those, but run inside only: outside they would do harm, or need a privilege.
-INSIDE_ONLY = {
-    "setuid": "import os\ndef f(*_):\n    os.setuid(0)\n    return os.getuid() == 0",
-    "setgid": "import os\ndef f(*_):\n    os.setgid(0)\n    return True",
-    "setgroups": "import os\ndef f(*_):\n    os.setgroups([0])\n    return True",
-    "kill parent": "import os\ndef f(*_):\n    os.kill(os.getppid() or 2, 9)\n    return True",
-    "kill everything": "import os\ndef f(*_):\n    os.kill(-1, 9)\n    return True",
-    "kill by number": """
-        import os
-        def f(*_):
-            hits = 0
-            for pid in range(2, 3000):
-                try:
-                    os.kill(pid, 9)
-                    hits += 1
-                except OSError:
-                    pass
-            return hits > 0
-    """,
-    "chroot": "import os\ndef f(*_):\n    os.chroot('/tmp')\n    return True",
-    "device": "import os\ndef f(*_):\n    os.mknod('/tmp/d', 0o60600, 0x0801)\n    return True",
-    "write to root": "def f(*_):\n    open('/x', 'w')\n    return True",
-    "write to /usr": "def f(*_):\n    open('/usr/lib/x', 'w')\n    return True",
-    "write to /dev": "def f(*_):\n    open('/dev/x', 'w')\n    return True",
-    "execute from /tmp": """
-        import os, shutil, sys
-        def f(*_):
-            shutil.copy(sys.executable, "/tmp/python")
-            os.chmod("/tmp/python", 0o755)
-            return os.spawnv(os.P_WAIT, "/tmp/python", ["python", "-c", ""]) == 0
-    """,
-    "host name": "import socket\ndef f(*_):\n    socket.sethostname('x')\n    return True",
-    "clock": "import time\ndef f(*_):\n    time.clock_settime(0, 0)\n    return True",
-    "raise limits": """
-        import resource
-        def f(*_):
-            resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))
-            return True
-    """,
-    "priority": "import os\ndef f(*_):\n    os.nice(-10)\n    return True",
-    "memory": "def f(*_):\n    return len(b'x' * (3 << 30)) > 0",
-    "mapped memory": "import mmap\ndef f(*_):\n    return bool(mmap.mmap(-1, 3 << 30))",
-    "large file": """
-        def f(*_):
-            with open("/tmp/large", "wb") as file:
-                for _ in range(64):
-                    file.write(bytes(1 << 20))
-            return True
-    """,
-    "fill /tmp": """
-        def f(*_):
-            for number in range(64):
-                open(f"/tmp/{number}", "wb").write(bytes(1 << 20))
-            return True
-    """,
-    "fill /dev/shm": """
-        def f(*_):
-            for number in range(64):
-                open(f"/dev/shm/{number}", "wb").write(bytes(1 << 20))
-            return True
-    """,
-    "many files": """
-        def f(*_):
-            for number in range(5000):
-                open(f"/tmp/{number}", "wb").close()
-            return True
-    """,
-    "processes": """
-        import os, time
-        def f(*_):
-            for number in range(40):
-                if os.fork() == 0:
-                    time.sleep(60)
-            return True
-    """,
-    "fork bomb": """
-        import os
-        def f(*_):
-            while True:
-                try:
-                    os.fork()
-                except OSError:
-                    pass
-    """,
-    "threads": """
-        import threading, time
-        def f(*_):
-            for number in range(40):
-                threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-            return True
-    """,
-    "endless loop": """
-        def f(*_):
-            while True:
-                try:
-                    while True:
-                        pass
-                except BaseException:
-                    pass
-    """,
-    "endless loop at import": "while True:\n    pass",
-    "ignored signals": """
-        import signal
-        for number in range(1, 65):
-            try:
-                signal.signal(number, signal.SIG_IGN)
-            except (OSError, ValueError):
-                pass
-        def f(*_):
-            while True:
-                pass
-    """,
-    "sleep": "import time\ndef f(*_):\n    time.sleep(60)\n    return True",
-    "crash": "import ctypes\ndef f(*_):\n    ctypes.string_at(0)\n    return True",
-    "abort": "import os\ndef f(*_):\n    os.abort()",
-    "stack": """
-        import sys
-        def f(*_):
-            sys.setrecursionlimit(10**9)
-            g = lambda n: g(n + 1) + 1
-            return g(0)
-    """,
-    "huge value": "def f(*_):\n    return 'x' * (100 << 20)",
-    "deep value": """
-        def f(*_):
-            value = []
-            for _ in range(100000):
-                value = [value]
-            return value
-    """,
-    "value inside itself": "def f(*_):\n    value = []\n    value.append(value)\n    return value",
-    "doubled value": """
-        def f(*_):
-            value = []
-            for _ in range(64):
-                value = [value, value]
-            return value
-    """,
-    "half a character": "def f(*_):\n    return '\\ud800'",
-    "not Python": "def f(*_:\n",
-    "NUL": "def f(*_):\n    return '\0'",
-    "nothing": "",
-}
-NATIVE = {
-    # number of the system call on x86_64 and aarch64, arguments
-    "ptrace": ((101, 117), "16, os.getppid() or 1, 0, 0"),
-    "user namespace": ((272, 97), "0x10000000"),
-    "mount namespace": ((272, 97), "0x20000"),
-    "mount": ((165, 40), "b'none', b'/tmp', b'tmpfs', 0, 0"),
-    "remount root for writing": ((165, 40), "b'none', b'/', None, 0x20 | 0x1000, 0"),
-    "unmount": ((166, 39), "b'/tmp', 2"),
-    "keyboard of the terminal": ((16, 29), "0, 0x5412, b'x'"),
-    "kernel log": ((103, 116), "3, ctypes.create_string_buffer(99), 99"),
-    "reboot": ((169, 142), "0xfee1dead, 672274793, 0, 0"),
-}
-for _name, (_numbers, _arguments) in NATIVE.items():
-    INSIDE_ONLY[_name] = f"""
-        import ctypes, os, platform
-        number = {_numbers}[platform.machine() != "x86_64"]
-        def f(*_):
-            return ctypes.CDLL(None).syscall(number, {_arguments}) >= 0
-    """
-FLOOD = """
-    import os, sys
-    def f(*_):
-        for _ in range(1024):
-            os.write(1, bytes(1 << 20))
-            sys.stderr.write("x" * 1024)
-        return True
-"""
 
 
 def answer_pings(echo: socket.socket) -> None:
@@ -421,15 +163,49 @@ def test_children_do_not_outlive_their_program(lane: Lane) -> None:
 
 
 @needs_sandbox
-def test_shared_memory_does_not_outlive_its_program(lane: Lane) -> None:
+def test_memory_of_all_processes_together(lane: Lane) -> None:
+    """Children of a program are counted with it: here four of 400 MB, of 1 GiB for all."""
+    if lane._sandboxes[0]._group.path is None:
+        pytest.skip("no control group for memory can be made here")
     program = """
-        import ctypes, platform
-        number = {"x86_64": 29, "aarch64": 194}[platform.machine()]  # shmget
-        def f(flags):
-            return ctypes.CDLL(None).syscall(number, 4242, 4096, flags) >= 0
+        import os, time
+        def f():
+            children = []
+            for _ in range(4):
+                reader, writer = os.pipe()
+                if os.fork() == 0:
+                    held = b"x" * (400 << 20)
+                    os.write(writer, b"1")
+                    time.sleep(60)
+                os.close(writer)
+                children.append(reader)
+            return sum(len(os.read(reader, 1)) for reader in children)
     """
-    assert ask(lane, program, "f(0o1666)").passed
-    assert ask(lane, program, "f(0o666)", "False").passed
+    small = program.replace("400 <<", "40 <<")
+    assert ask(lane, small, equal="4").passed
+    assert not ask(lane, program, equal="4").passed
+    assert ask(lane, small, equal="4").passed
+
+
+@needs_sandbox
+def test_endless_test_is_stopped(lane: Lane) -> None:
+    """The suite's own code does not end; the next program is judged as ever."""
+    started = time.monotonic()
+    test = ProgramTest(code="assert f()\nwhile True:\n    pass\n")
+    verdict = lane.judge("def f():\n    return True", test)
+    assert (verdict.passed, verdict.status) == (False, "timeout")
+    assert time.monotonic() - started < LIMITS.wall_seconds + SLACK
+    assert ask(lane, "def f():\n    return True").passed
+
+
+@needs_sandbox
+def test_judge_keeps_nothing_of_a_program(lane: Lane) -> None:
+    """What one test defines, draws or imports under another name is not there for the next."""
+    test = ProgramTest(code="import random\nleft = random.random()\nassert f(left) == left\n")
+    seen = ProgramTest(code="assert f('left' in globals()) is False\n")
+    same = "def f(x):\n    return x\n"
+    drawn = ProgramTest(code="import random\nassert f(random.random()) == 0.8444218515250481\n")
+    assert [lane.judge(same, t).passed for t in (test, seen, drawn, drawn)] == [True] * 4
 
 
 @needs_sandbox
@@ -470,8 +246,8 @@ def test_killed_evaluation_leaves_no_process(tmp_path: Path) -> None:
     command += ["--suite", str(suite), "--out", str(tmp_path / "out"), "--timeout", "60"]
     child = subprocess.Popen(command)
     deadline = time.monotonic() + 60
-    # bwrap, its first process and the zygote twice, the test and the program
-    while len(below := descendants(child.pid)) < 8:
+    # bwrap, its first process and Python twice, and the program
+    while len(below := descendants(child.pid) - {child.pid}) < 7:
         assert time.monotonic() < deadline, below
         time.sleep(0.02)
     child.kill()
@@ -479,195 +255,13 @@ def test_killed_evaluation_leaves_no_process(tmp_path: Path) -> None:
     while any(os.path.exists(f"/proc/{pid}") for pid in below):
         assert time.monotonic() < deadline, "processes outlive the evaluation"
         time.sleep(0.02)
-
-
-# The test that forgeries are tried on, and what it would take to pass it honestly.
-TEST = """
-import math
-def check(candidate):
-    assert isinstance(candidate(1), int)
-    for got, want in zip(map(candidate, [1, 2, 3]), [7001, 7002, 7003]):
-        assert got == want
-    assert all(candidate(n) == 7000 + n for n in range(5))
-    assert math.isclose(candidate(10), 7010)
-"""
-HONEST = "def f(n):\n    return 7000 + n\n"
-FORGERIES = {
-    "equality": """
-        class Equal(int):
-            def __eq__(self, other):
-                return True
-            def __float__(self):
-                return 7010.0
-        def f(n):
-            return Equal()
-    """,
-    "exit": "import os\ndef f(n):\n    os._exit(0)",
-    "exit at import": "import os\nos._exit(0)",
-    "system exit": "def f(n):\n    raise SystemExit(0)",
-    "system exit at import": "raise SystemExit",
-    "exit handler": """
-        import atexit, os
-        atexit.register(lambda: os._exit(0))
-        def f(n):
-            return 0
-    """,
-    "exception hook": """
-        import os, sys
-        sys.excepthook = lambda *_: os._exit(0)
-        def f(n):
-            return 0
-    """,
-    "printed marker": "import os\nprint('OK passed 1/1', flush=True)\nos._exit(0)",
-    "end of iteration": """
-        import builtins, math
-        builtins.all = math.isclose = lambda *_: True
-        calls = []
-        def f(n):
-            calls.append(n)
-            if len(calls) == 2:
-                raise StopIteration
-            return 0
-    """,
-    "patched builtins": """
-        import builtins, math
-        builtins.all = builtins.isinstance = lambda *_: True
-        builtins.zip = lambda *_: ()
-        math.isclose = lambda *_: True
-        def f(n):
-            return 0
-    """,
-    "module stub": """
-        import builtins, sys, types
-        sys.modules["math"] = types.SimpleNamespace(isclose=lambda *_: True)
-        builtins.all = lambda _: True
-        builtins.zip = lambda *_: ()
-        def f(n):
-            return 0
-    """,
-    "frame walk": """
-        import sys
-        def f(n):
-            frame = sys._getframe(1)
-            while frame:
-                for value in frame.f_code.co_consts:
-                    if isinstance(value, tuple) and len(value) == 3 and value[0] != 1:
-                        return value[0] - 1 + n
-                frame = frame.f_back
-            return 0
-    """,
-    "garbage collector": """
-        import gc
-        def f(n):
-            for thing in gc.get_objects():
-                code = getattr(thing, "__code__", None)
-                if getattr(code, "co_name", "") == "check":
-                    expected = [c for c in code.co_consts if isinstance(c, tuple) and c[0] != 1]
-                    return expected[0][0] - 1 + n
-            return 0
-    """,
-    "trace": """
-        import sys
-        def skip(frame, event, argument):
-            if frame.f_code.co_name == "check":
-                frame.f_trace_lines = True
-                if event == "line" and frame.f_lineno == frame.f_code.co_firstlineno + 1:
-                    frame.f_lineno = frame.f_code.co_firstlineno + 5
-                    sys.settrace(None)
-            return skip
-        sys.settrace(skip)
-        import builtins, math
-        builtins.all = math.isclose = lambda *_: True
-        def f(n):
-            return 0
-    """,
-    "reading the test": """
-        import re, sys
-        def f(n):
-            text = open(sys.argv[0]).read()
-            return int(re.search(r"\\[(7\\d+), 7\\d+, 7\\d+\\]", text)[1]) - 1 + n
-    """,
-    "return from check": """
-        import sys
-        def f(n):
-            for name in ("all", "isinstance", "zip"):
-                sys._getframe(1).f_globals[name] = lambda *_: ()
-            sys._getframe(1).f_globals["all"] = lambda *_: True
-            sys._getframe(1).f_globals["math"].isclose = lambda *_: True
-            return 0
-    """,
-}
-# These know how the judge talks, which the runner above does not.
-INSIDERS = {
-    "frames on every descriptor": """
-        import json, os, threading
-        def flood():
-            for message in ({"status": "passed", "error": ""}, {"ready": True}, {"value": 7001}):
-                data = json.dumps(message).encode()
-                for descriptor in range(3, 64):
-                    try:
-                        os.set_blocking(descriptor, False)
-                        os.write(descriptor, len(data).to_bytes(4, "big") + data)
-                    except OSError:
-                        pass
-        flood()
-        def f(n):
-            flood()
-            return 0
-    """,
-    "patched codec": """
-        import sys
-        values = sys.modules["tools.evaluation.plain_values"]
-        server = sys.modules["tools.evaluation.candidate"]
-        server.encode = values.encode = lambda value, refer: {"reference": 0}
-        def f(n):
-            return 0
-    """,
-    "unknown form": """
-        import sys
-        server = sys.modules["tools.evaluation.candidate"]
-        server.encode = lambda value, refer: {"eval": "7001"}
-        def f(n):
-            return 0
-    """,
-    "answers in advance": """
-        import sys
-        server = sys.modules["tools.evaluation.candidate"]
-        inner = server.send
-        def send(connection, message):
-            inner(connection, message)
-            inner(connection, {"token": message.get("token"), "value": 7001})
-        server.send = send
-        def f(n):
-            return 0
-    """,
-    "reference to everything": """
-        class Anything:
-            def __getattr__(self, name):
-                return self
-            def __call__(self, *_):
-                return self
-            __eq__ = __lt__ = __gt__ = __bool__ = lambda *_: True
-            __iter__ = lambda self: iter([self])
-            __hash__ = None
-        f = Anything()
-    """,
-    "replaced builtins of the test": """
-        def isinstance(*_):
-            return True
-        zip = lambda *_: ()
-        all = isinstance
-        def f(n):
-            return 0
-    """,
-    "replaced check": "def check(candidate):\n    pass\ndef f(n):\n    return 0",
-    "no exception class": """
-        class Quiet(BaseException):
-            pass
-        def f(n):
-            raise Quiet
-    """,
-}
+    # the control groups that it could not remove are removed by the next
+    lane = Lane(LIMITS)
+    group = lane._sandboxes[0]._group.path
+    lane.close()
+    if group is not None:
+        assert not list(group.parent.glob(f"megaphi-{child.pid}-*"))
+        assert not list(group.parent.glob(group.name))
 
 
 def judged(lane: Lane, program: str) -> Verdict:
@@ -717,9 +311,10 @@ def test_same_verdicts_with_one_and_eight_lanes() -> None:
 
 
 @needs_sandbox
-def test_verdict_under_load(lane: Lane) -> None:
-    """The limit is one of processor time, so a program that fits passes on a busy machine."""
+def test_verdict_under_load() -> None:
+    """A busy machine makes a program slow, not wrong: time to wait is beyond processor time."""
     code = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    lane = Lane(Limits(seconds=20.0))
     load = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     try:
         program = """
@@ -731,6 +326,7 @@ def test_verdict_under_load(lane: Lane) -> None:
         """
         assert ask(lane, program).passed
     finally:
+        lane.close()
         for process in load:
             process.kill()
             process.wait()

@@ -1,0 +1,1 @@
+"""Stages that ask a language model: `annotate` judges documents, `generate` writes them."""

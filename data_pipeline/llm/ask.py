@@ -1,0 +1,256 @@
+"""Asks many requests at a time: limiter, retries, ledger.
+
+Answers come back in the order of the requests, whatever the order in which the server gave them, so
+that everything that is decided on them is the same in every run.
+"""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+from data_pipeline.llm.client import CallError, Client, Request
+from data_pipeline.llm.ledger import Answer, CostCapReached, Ledger
+from data_pipeline.llm.limiter import Limiter
+from megaphi.errors import RunError
+
+BILLED_ATTEMPTS = 2  # of a request whose failures may cost money
+READ_AHEAD = 64  # requests, for each one in flight, that may be answered ahead of a slow one
+OUTAGE = 8  # requests in a row that failed for good: the server is gone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What to do when the server fails.
+
+    Attributes:
+        attempts: how often one request is sent.
+        first_wait: seconds before the second attempt; doubles with each.
+        max_wait: longest wait in seconds, also where the server asks for more.
+    """
+
+    attempts: int = 6
+    first_wait: float = 0.5
+    max_wait: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ValueError(f"--attempts {self.attempts}: at least 1 is needed")
+        if not 0 <= self.max_wait <= 3600:
+            raise ValueError(f"--max-wait {self.max_wait}: must be from 0 to 3600 seconds")
+
+    def wait(self, attempt: int, error: CallError) -> float:
+        """Seconds to wait after failed attempt number `attempt`, counted from 0."""
+        if error.retry_after is not None:
+            # A little later than the server says, so that waiting requests do not all come at once.
+            return min(error.retry_after * random.uniform(1, 1.1), self.max_wait)
+        return random.uniform(0.5, 1) * min(self.first_wait * 2.0**attempt, self.max_wait)
+
+
+@dataclass
+class Traffic:
+    """What was sent and came back in this run.
+
+    Attributes:
+        started: time of the first request, from `time.monotonic`.
+        sent: requests sent, repeated ones included.
+        answered: answers received and stored.
+        reused: answers found in the ledger.
+        failures: requests sent and not answered, by reason.
+        completion_tokens: of the answers received.
+    """
+
+    started: float = field(default_factory=time.monotonic)
+    sent: int = 0
+    answered: int = 0
+    reused: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    completion_tokens: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def throttled_share(self) -> float:
+        """Share of the requests that were answered with 429."""
+        return self.failures["http_429"] / max(self.sent, 1)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that was not answered in this run.
+
+    Attributes:
+        reason: a short fixed word (`http_500`, `timeout`, `malformed`, …).
+        detail: what the server said.
+    """
+
+    reason: str
+    detail: str
+
+
+Outcome = Answer | Failure
+
+
+class Asker:
+    """Puts requests to one server.
+
+    Args:
+        client: the server.
+        ledger: where answers are kept.
+        limiter: how fast.
+        policy: what to do when it fails.
+
+    Attributes:
+        traffic: what was sent and came back.
+        cap_message: why asking ended early, "" when it did not.
+    """
+
+    def __init__(self, client: Client, ledger: Ledger, limiter: Limiter, policy: Policy) -> None:
+        self._client = client
+        self._ledger = ledger
+        self._limiter = limiter
+        self._policy = policy
+        self._failed_in_a_row = 0
+        self._last_error = ""
+        self.traffic = Traffic()
+        self.cap_message = ""
+
+    async def ask_all(
+        self,
+        requests: Iterable[Request],
+        in_flight: int,
+        on_outcome: Callable[[int, Outcome], bool],
+    ) -> bool:
+        """Ask, and hand each outcome over in the order of the requests.
+
+        Args:
+            requests: what to ask; read as far as needed.
+            in_flight: how many to work on at a time.
+            on_outcome: called with (number of the request, outcome); false ends the work.
+
+        Returns:
+            Whether all was asked: false when the cost cap was reached first.
+
+        Raises:
+            RunError: no request can succeed, or the server is gone.
+        """
+        numbered = enumerate(requests)
+        ready: dict[int, Outcome] = {}
+        # Two requests with the same prompt: the second waits and finds the answer in the ledger.
+        turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        following, ended, self.cap_message = 0, False, ""
+
+        def hand_over() -> None:
+            nonlocal following, ended
+            while not ended and following in ready:
+                ended = not on_outcome(following, ready.pop(following))
+                following += 1
+
+        async def work() -> None:
+            for number, request in numbered:
+                turn = turns.setdefault(request.key, asyncio.Lock())
+                async with turn:
+                    try:
+                        ready[number] = await self._outcome(request)
+                    except CostCapReached as error:
+                        self.cap_message = str(error)
+                        return
+                hand_over()
+                # What lies behind a request that takes long must not pile up.
+                while number - following > READ_AHEAD * in_flight and not self.cap_message:
+                    await asyncio.sleep(0.05)
+                if ended or self.cap_message:
+                    return
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(in_flight):
+                    group.create_task(work())
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        if self._failed_in_a_row and not self.traffic.answered + self.traffic.reused:
+            raise RunError(
+                f"{self._client.base.url}: not one request was answered, the last failed with "
+                f"{self._last_error}"
+            )
+        return not self.cap_message
+
+    async def _outcome(self, request: Request) -> Outcome:
+        """The stored answer of a request, or a new one.
+
+        Raises:
+            CostCapReached: asking might cost more than the cap leaves.
+            RunError: no request can succeed, or the server is gone.
+        """
+        stored = self._ledger.answer(request.key)
+        if stored is not None:
+            self.traffic.reused += 1
+            return stored
+        billed = 0
+        for attempt in range(self._policy.attempts):
+            try:
+                return await self._attempt(request)
+            except CallError as error:
+                self.traffic.failures[error.reason] += 1
+                billed += error.billed
+                last = attempt + 1 == self._policy.attempts or billed == BILLED_ATTEMPTS
+                if last or not error.retry:
+                    return self._give_up(error)
+                wait = self._policy.wait(attempt, error)
+                if error.overloaded:
+                    self._limiter.back_off(wait)  # every request waits, this one among them
+                else:
+                    await asyncio.sleep(wait)
+        raise AssertionError("unreachable")
+
+    async def _attempt(self, request: Request) -> Answer:
+        tokens = request.prompt_bound + request.max_tokens
+        used = 0
+        await self._limiter.acquire(tokens)
+        try:
+            await self._ledger.reserve(request.key, self._client.most(request))
+            self.traffic.sent += 1
+            used = tokens
+            answer = await self._client.ask(request)
+            used = answer.prompt_tokens + answer.completion_tokens
+        except CallError as error:
+            if error.billed:
+                await self._ledger.lose(request.key, error.reason)
+            else:
+                await self._ledger.free(request.key, error.reason)
+            raise
+        except RunError:
+            await self._ledger.free(request.key, "refused")
+            raise
+        finally:
+            self._limiter.release(tokens - used)
+        await self._ledger.store(request.key, answer)
+        self._limiter.succeeded()
+        self._failed_in_a_row = 0
+        self.traffic.answered += 1
+        self.traffic.completion_tokens += answer.completion_tokens
+        return answer
+
+    def _give_up(self, error: CallError) -> Failure:
+        """Leave a request unanswered.
+
+        Raises:
+            RunError: too many in a row were left so.
+        """
+        self._last_error = str(error)
+        # A request that is refused for what it says (HTTP 400) accuses the server, or the options,
+        # only as long as none has been answered.
+        if error.retry or not self.traffic.answered + self.traffic.reused:
+            self._failed_in_a_row += 1
+        if self._failed_in_a_row >= OUTAGE:
+            raise RunError(
+                f"{self._client.base.url}: {OUTAGE} requests in a row failed, the last with "
+                f"{error}; answers so far are kept, run again to go on"
+            )
+        return Failure(error.reason, str(error))

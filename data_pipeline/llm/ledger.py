@@ -1,0 +1,256 @@
+"""The ledger: what was asked, answered and paid, in an append-only file that survives a kill.
+
+One JSON object a line, flushed to the disk (fsync) before anything is built on it:
+
+    {"kind": "reserve", "request": KEY, "nano": N}   before a request that costs money is sent
+    {"kind": "answer", "request": KEY, "nano": N, …} the answer; replaces the reservation
+    {"kind": "free", "request": KEY, "reason": …}    the server refused: nothing was billed
+    {"kind": "lost", "request": KEY, "nano": N, …}   no answer came, but it may have been billed
+
+KEY is the SHA-256 of model, prompt and parameters, so that a prompt is paid and stored once,
+whatever run asks for it. A reservation is the most that a request can cost. One that a killed run
+left open counts as spent, so that the cap holds across kills. The last line, half-written when the
+process was killed, is cut off.
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
+from data_pipeline.llm.prices import dollars
+from megaphi.errors import RunError
+
+
+class CostCapReached(Exception):
+    """The next request could cost more than the cap leaves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a server answered to one request.
+
+    Attributes:
+        content: the text; None when there is none that can be used.
+        finish_reason: `stop`, `length`, …; "" when the server gave none.
+        problem: why the content cannot be used, a short fixed word; None when it can.
+        served_model: the name by which the server calls its model.
+        prompt_tokens: as the server counted, or the bound where its count cannot be true.
+        completion_tokens: likewise.
+        nano: cost in 1e-9 dollars.
+    """
+
+    content: str | None
+    finish_reason: str
+    problem: str | None
+    served_model: str
+    prompt_tokens: int
+    completion_tokens: int
+    nano: int
+
+
+class Ledger:
+    """One ledger file, locked against a second process.
+
+    Args:
+        path: the file; made when missing.
+        max_nano: cap on the sum of all that the file records, in 1e-9 dollars; None for none.
+
+    Attributes:
+        spent: sum of answers and lost requests, in 1e-9 dollars.
+        reserved: sum of the reservations of requests under way.
+        lost: number of requests whose answer never came.
+        prompt_tokens: sum over the answers.
+        completion_tokens: likewise.
+
+    Raises:
+        RunError: another process has it open, or a line is damaged.
+    """
+
+    def __init__(self, path: Path, max_nano: int | None = None) -> None:
+        self.path = path
+        self._max = max_nano
+        self.spent = self.reserved = self.lost = 0
+        self.prompt_tokens = self.completion_tokens = 0
+        self._places: dict[str, tuple[int, int]] = {}  # answer lines by request: offset, length
+        self._open: dict[str, int] = {}  # reservations by request
+        self._buffer = b""
+        self._appended = self._synced = 0
+        self._flushing = asyncio.Lock()
+        self._settled = asyncio.Event()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._size = self._replay()
+        except BlockingIOError:
+            os.close(self._file)
+            raise RunError(f"{path}: another process is using the ledger; wait for it") from None
+        except BaseException:
+            os.close(self._file)
+            raise
+        for request, nano in self._open.items():
+            self._append("lost", request, nano=nano, reason="killed")
+            self.spent += nano
+            self.lost += 1
+        self._open.clear()
+        self._flush_now()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._places
+
+    def _replay(self) -> int:
+        """Read the file; return its length after cutting off a half-written last line."""
+        end = 0
+        with open_jsonl(self.path) as stream:
+            for offset, line in read_lines(stream):
+                where = f"{self.path}: byte {offset}"
+                if line is None:
+                    raise RunError(f"{where}: a line longer than {MAX_LINE_BYTES} bytes")
+                whole = offset + len(line) + 1 <= os.fstat(self._file).st_size
+                try:
+                    if not whole:
+                        raise ValueError("no line end")
+                    self._apply(json.loads(line), offset, len(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    if stream.read(1):
+                        raise RunError(
+                            f"{where}: not a line of a ledger ({error}); restore the file from a "
+                            "copy, or delete the line and pay for its answer again"
+                        ) from None
+                    break
+                end = offset + len(line) + 1
+        os.ftruncate(self._file, end)
+        return end
+
+    def _apply(self, entry: dict[str, Any], offset: int, length: int) -> None:
+        kind, request = entry["kind"], entry["request"]
+        reserved = self._open.pop(request, 0)
+        if kind == "reserve":
+            # The process that made an older reservation of the same request was killed twice over.
+            self.spent += reserved
+            self._open[request] = int(entry["nano"])
+        elif kind == "answer":
+            self._count(Answer(**entry["answer"]))
+            self._places[request] = (offset, length)
+        elif kind == "lost":
+            self.spent += int(entry["nano"])
+            self.lost += 1
+        elif kind != "free":
+            raise ValueError(f"unknown kind {kind!r}")
+
+    def _count(self, answer: Answer) -> None:
+        self.spent += answer.nano
+        self.prompt_tokens += answer.prompt_tokens
+        self.completion_tokens += answer.completion_tokens
+
+    def answer(self, request: str) -> Answer | None:
+        """The stored answer of a request, read from the file; None when there is none.
+
+        Raises:
+            RunError: the file has changed underneath.
+        """
+        place = self._places.get(request)
+        if place is None:
+            return None
+        line = os.pread(self._file, place[1], place[0])
+        try:
+            return Answer(**json.loads(line)["answer"])
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{self.path}: byte {place[0]}: changed while it was in use") from None
+
+    async def reserve(self, request: str, nano: int) -> None:
+        """Set aside the most that a request can cost, before it is sent.
+
+        Where the cap leaves too little, waits for requests under way, which mostly cost less than
+        was set aside for them.
+
+        Raises:
+            CostCapReached: the cap leaves too little, and nothing is under way.
+        """
+        while self._max is not None and self.spent + self.reserved + nano > self._max:
+            if not self._open:
+                raise CostCapReached(
+                    f"{dollars(self.spent)} are spent, and the next request may cost "
+                    f"{dollars(nano)}: the cap is {dollars(self._max)}"
+                )
+            self._settled.clear()
+            await self._settled.wait()
+        self._open[request] = nano
+        self.reserved += nano
+        if nano:
+            self._append("reserve", request, nano=nano)
+            await self._sync()
+
+    def _settle(self, request: str) -> int:
+        nano = self._open.pop(request)
+        self.reserved -= nano
+        self._settled.set()
+        return nano
+
+    async def store(self, request: str, answer: Answer) -> None:
+        """Record the answer of a reserved request."""
+        assert request not in self._places, "an answer is stored once"
+        self._settle(request)
+        self._count(answer)
+        place = self._append("answer", request, nano=answer.nano, answer=asdict(answer))
+        await self._sync()
+        self._places[request] = place
+
+    async def free(self, request: str, reason: str) -> None:
+        """Record that a reserved request was refused and not billed."""
+        if self._settle(request):
+            self._append("free", request, reason=reason)
+            await self._sync()
+
+    async def lose(self, request: str, reason: str) -> None:
+        """Record that no answer came to a reserved request, which may have been billed."""
+        nano = self._settle(request)
+        self.spent += nano
+        self.lost += 1
+        if nano:
+            self._append("lost", request, nano=nano, reason=reason)
+            await self._sync()
+
+    def _append(self, kind: str, request: str, **fields: object) -> tuple[int, int]:
+        """Put a line in the buffer; returns where it will be in the file."""
+        line = json.dumps({"kind": kind, "request": request, **fields}).encode("ascii")
+        place = (self._size, len(line))
+        self._buffer += line + b"\n"
+        self._size += len(line) + 1
+        self._appended += 1
+        return place
+
+    async def _sync(self) -> None:
+        """Wait until what was appended is on the disk; concurrent callers share one fsync."""
+        mine = self._appended
+        async with self._flushing:
+            if self._synced >= mine:
+                return
+            data, self._buffer = self._buffer, b""
+            upto = self._appended
+            await asyncio.to_thread(self._write, data)
+            self._synced = upto
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+
+    def _flush_now(self) -> None:
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._write(data)
+            self._synced = self._appended
+
+    def close(self) -> None:
+        """Write what is pending and let go of the file."""
+        self._flush_now()
+        os.close(self._file)

@@ -1,0 +1,160 @@
+"""One run against one server: what the command line says, put to work, with a line of progress."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from data_pipeline.llm.ask import Asker, Outcome, Policy, Traffic
+from data_pipeline.llm.client import Client, Request
+from data_pipeline.llm.ledger import Ledger
+from data_pipeline.llm.limiter import Limiter
+from data_pipeline.llm.prices import Price, dollars
+from data_pipeline.llm.secrets import Redactor, Secret
+from data_pipeline.llm.transport import BaseUrl
+
+TERMINAL_SECONDS, LOG_SECONDS = 1.0, 30.0  # between progress lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A model on a server.
+
+    Attributes:
+        base: where it is.
+        model: its name there.
+        key: the API key.
+        price: of the model.
+    """
+
+    base: BaseUrl
+    model: str
+    key: Secret | None = None
+    price: Price = field(default_factory=lambda: Price(0, 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sending:
+    """How fast and how stubbornly to ask; nothing here changes an answer.
+
+    Attributes:
+        requests_per_minute: None for no limit.
+        tokens_per_minute: None for no limit.
+        in_flight: requests at a time.
+        deadline: seconds that one answer may take.
+        policy: what to do when the server fails.
+    """
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    in_flight: int = 16
+    deadline: float = 300.0
+    policy: Policy = field(default_factory=Policy)
+
+    def __post_init__(self) -> None:
+        if self.in_flight < 1:
+            raise ValueError(f"--in-flight {self.in_flight}: at least 1 is needed")
+        if not 0 < self.deadline <= 86_400:
+            raise ValueError(f"--deadline {self.deadline}: must be from 0 to 86400 seconds")
+
+
+@dataclass
+class Progress:
+    """Counts for the progress line.
+
+    Attributes:
+        what: the verb.
+        total: requests in all.
+        done: requests with an outcome.
+        accepted: samples that count.
+    """
+
+    what: str
+    total: int
+    done: int = 0
+    accepted: int = 0
+
+    def line(self, traffic: Traffic, ledger: Ledger) -> str:
+        """Accepted a minute, tokens a second, 429 rate, dollars so far, time to go."""
+        minutes = traffic.seconds / 60
+        fresh = max(self.done - traffic.reused, 0)
+        left = (self.total - self.done) * traffic.seconds / fresh if fresh else None
+        eta = "n/a" if left is None else f"{int(left) // 3600}h{int(left) % 3600 // 60:02d}m"
+        return (
+            f"{self.what} {self.done}/{self.total} | accepted {self.accepted} "
+            f"({self.accepted / minutes:.1f}/min) | "
+            f"{traffic.completion_tokens / traffic.seconds:.0f} tok/s | "
+            f"429 {traffic.throttled_share:.1%} | {dollars(ledger.spent)} | eta {eta}"
+        )
+
+
+async def ask_server(
+    server: Server,
+    sending: Sending,
+    ledger: Ledger,
+    requests: Iterable[Request],
+    on_outcome: Callable[[int, Outcome], bool],
+    redact: Redactor,
+    progress: Progress,
+) -> tuple[Traffic, str]:
+    """Put requests to a server; see `Asker.ask_all`.
+
+    Returns:
+        What was sent and came back, and why asking ended early ("" when it did not).
+
+    Raises:
+        RunError: no request can succeed, or the server is gone; the answers so far are kept.
+    """
+    limiter = Limiter(
+        requests_per_minute=sending.requests_per_minute,
+        tokens_per_minute=sending.tokens_per_minute,
+        max_in_flight=sending.in_flight,
+    )
+    client = Client(
+        server.base,
+        server.key,
+        server.price,
+        redact,
+        deadline=sending.deadline,
+        connections=sending.in_flight,
+    )
+    async with client:
+        asker = Asker(client, ledger, limiter, sending.policy)
+        show = asyncio.create_task(_show(progress, asker.traffic, ledger))
+        try:
+            await asker.ask_all(requests, sending.in_flight, on_outcome)
+        finally:
+            show.cancel()
+            with suppress(asyncio.CancelledError):
+                await show
+    return asker.traffic, asker.cap_message
+
+
+async def _show(progress: Progress, traffic: Traffic, ledger: Ledger) -> None:
+    """Print the progress line now and then: in place on a terminal, else as lines of a log."""
+    terminal = sys.stderr.isatty()
+    begin, end = ("\r\x1b[K", "") if terminal else ("", "\n")
+    try:
+        while True:
+            await asyncio.sleep(TERMINAL_SECONDS if terminal else LOG_SECONDS)
+            print(begin + progress.line(traffic, ledger), end=end, file=sys.stderr, flush=True)
+    finally:
+        print(begin + progress.line(traffic, ledger), file=sys.stderr, flush=True)
+
+
+def traffic_report(traffic: Traffic, ledger: Ledger) -> dict[str, object]:
+    """What a report says about a run: requests, failures, tokens, dollars."""
+    return {
+        "requests_sent": traffic.sent,
+        "answered": traffic.answered,
+        "reused": traffic.reused,
+        "failures": dict(traffic.failures),
+        "seconds": round(traffic.seconds, 3),
+        "ledger_prompt_tokens": ledger.prompt_tokens,
+        "ledger_completion_tokens": ledger.completion_tokens,
+        "ledger_lost_requests": ledger.lost,
+        "ledger_dollars": ledger.spent / 1e9,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,98 @@
+"""What the verbs of stages from records to records share: their options and their result."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.output import Manifest
+
+
+def add_stage_parser(
+    subparsers: Any, name: str, text: str, run: Callable[[argparse.Namespace], Any]
+) -> argparse.ArgumentParser:
+    """Add a verb with the arguments RECORDS_DIR... and those of every stage."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=text,
+        description=text,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS_DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="what to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace another output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--max-reject",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="share of refused documents, 0 to 1, above which nothing is published (exit 3)",
+    )
+    parser.add_argument("--zstd", action="store_true", help="write .jsonl.zst parts")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
+    parser.set_defaults(run=run)
+    return parser
+
+
+@contextmanager
+def stage_options(
+    arguments: argparse.Namespace, name: str, libraries: tuple[str, ...]
+) -> Iterator[Any]:
+    """The engine's options from the arguments, with a progress bar if stderr is a terminal."""
+    from tqdm import tqdm
+
+    from data_pipeline.engine import Options
+
+    with tqdm(desc=name, unit="part", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield Options(
+            workers=arguments.workers,
+            max_reject=arguments.max_reject,
+            overwrite=arguments.overwrite,
+            libraries=libraries,
+            on_shard=show,
+        )
+
+
+def stage_result(
+    arguments: argparse.Namespace, manifest: Manifest, reused: bool, started: float
+) -> tuple[dict[str, Any], str]:
+    """The JSON object and the line that a stage's verb prints.
+
+    Args:
+        arguments: of the verb.
+        manifest: of the output.
+        reused: it was there already.
+        started: `time.monotonic()` at the start.
+    """
+    seconds = max(time.monotonic() - started, 1e-9)
+    result = {
+        "verb": manifest.stage,
+        "out": str(arguments.out),
+        "reused": reused,
+        "records_in": manifest.records_in,
+        "records_out": manifest.records_out,
+        "rejected": manifest.rejected,
+        "text_bytes": manifest.text_bytes,
+        "records_sha256": manifest.records_sha256,
+        "seconds": round(seconds, 3),
+    }
+    counts = ", ".join(f"{reason} {count}" for reason, count in manifest.rejected.items())
+    line = (
+        f"{'reused' if reused else 'wrote'} {arguments.out}: {manifest.records_out} records, "
+        f"{manifest.text_bytes / 1e6:.1f} MB | {manifest.num_rejected} rejected"
+        f"{f' ({counts})' if counts else ''} of {manifest.records_in} | {seconds:.1f} s, "
+        f"{manifest.text_bytes / 1e6 / seconds:.1f} MB/s"
+    )
+    return result, line

