@@ -47,7 +47,6 @@ setup(
             "datasets>=3",
             # finds secrets beside our own rules
             "detect-secrets>=1.5",
-            "openai>=1.50",
             "pyarrow>=15",
             # exact edit distances of decontamination
             "rapidfuzz>=3.9",

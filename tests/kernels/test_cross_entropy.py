@@ -10,8 +10,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernels import cross_entropy, reference
-from kernels.cross_entropy import HAS_ADDMM_TO_FP32, cross_entropy_, linear_cross_entropy
+from kernels.cross_entropy import cross_entropy_, linear_cross_entropy
 from kernels.dispatch import interpreting
+from kernels.matmul import HAS_FP32_OUTPUT
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -237,7 +238,7 @@ def test_compiled_equals_eager(trained: bool) -> None:
 
 def test_fp32_accumulation_of_narrow_products_has_this_signature() -> None:
     """Only a CUDA build can run it; the operator's schema has the arguments of the call."""
-    assert HAS_ADDMM_TO_FP32
+    assert HAS_FP32_OUTPUT
     names = [argument.name for argument in torch.ops.aten.addmm.dtype_out._schema.arguments]
     assert names[:4] == ["self", "mat1", "mat2", "out_dtype"]
     assert names[-1] == "out"
