@@ -114,6 +114,9 @@ class Parallel:
     """Stages of a process; 1f1b has one and ignores this."""
     context: int = 1
     """Processes that share each sequence."""
+    replicate: int = 1
+    """Groups of data-parallel processes that each shard the whole model among themselves, so that
+    weights are gathered inside of a group only; 1 shards over all of them."""
     reshard_after_forward: bool = False
     """Free gathered weights after the forward pass (ZeRO-3 traffic) to save memory."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -121,7 +124,7 @@ class Parallel:
 
     def __post_init__(self) -> None:
         _require_positive("parallel", self, ("tensor", "pipeline", "context"))
-        _require_positive("parallel", self, ("pipeline_stages_per_process",))
+        _require_positive("parallel", self, ("pipeline_stages_per_process", "replicate"))
         require(
             self.pipeline_schedule != "zbv" or self.pipeline_stages_per_process == 2,
             "parallel.pipeline_schedule=zbv needs parallel.pipeline_stages_per_process=2",

@@ -168,3 +168,5 @@ def test_processes_that_do_not_divide_are_refused_with_the_nearest_count() -> No
         grid_shape(parallel, 6)
     with pytest.raises(ValueError, match=r"2 processes do not divide .*= 4; start 4"):
         grid_shape(parallel, 2)
+    with pytest.raises(ValueError, match=r"replicate=4 does not divide the 6 .* is 2"):
+        grid_shape(Parallel(replicate=4), 6)

@@ -104,7 +104,7 @@ class AdamW:
             # every process of the tensor axis has these: each counts its share
             repeated = ops.sum_of_squares([local(self.gradient(name)) for name in whole])
             squares = squares + repeated / self.mesh.tensor_size
-        return self.mesh.sum_(squares).sqrt()
+        return self.mesh.sum_(squares / self.mesh.num_groups).sqrt()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The moments under the names they have in a checkpoint."""

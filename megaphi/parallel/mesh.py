@@ -7,6 +7,7 @@ so these are the ones that share a node.
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Mesh:
     grid: DeviceMesh
     """All processes, one dimension an axis."""
     shards: DeviceMesh
-    """Data and context axis as one: the processes that share the same weights."""
+    """The processes that share the same weights, data and context axis as one; with
+    `parallel.replicate` two dimensions: groups, and the shards inside of one."""
     control: dist.ProcessGroup
     """All processes over gloo, for small messages between hosts' CPUs about checkpoints: a thread
     may use it while training uses the others."""
@@ -52,7 +54,7 @@ class Mesh:
 
     def axis_rank(self, axis: str) -> int:
         """Place of this process on an axis."""
-        return self.grid.get_local_rank(axis)
+        return self.grid[axis].get_local_rank()
 
     def axis_size(self, axis: str) -> int:
         """Length of an axis."""
@@ -60,7 +62,7 @@ class Mesh:
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The processes along an axis, through this one."""
-        return self.grid.get_group(axis)
+        return self.grid[axis].get_group()
 
     @property
     def data_rank(self) -> int:
@@ -76,6 +78,11 @@ class Mesh:
     def tensor_size(self) -> int:
         """Length of the tensor axis."""
         return self.axis_size("tensor")
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that each hold all shards of the weights."""
+        return self.shards.size(0) if self.shards.ndim == 2 else 1
 
     def gather(self, value: Any) -> list[Any]:
         """Collect one small object of every process on all of them; also a barrier."""
@@ -95,7 +102,7 @@ class Mesh:
 
 
 def grid_shape(parallel: Parallel, num_processes: int) -> tuple[int, int, int, int]:
-    """Lengths of the axes; the data axis takes what the others leave.
+    """Lengths of `AXES`; the data axis takes what the others leave.
 
     Raises:
         ValueError: the processes do not divide.
@@ -108,7 +115,31 @@ def grid_shape(parallel: Parallel, num_processes: int) -> tuple[int, int, int, i
             f"parallel.context={parallel.context} x parallel.tensor={parallel.tensor} = {others}; "
             f"start {fitting} or {fitting + others}, or change the layout"
         )
-    return (parallel.pipeline, num_processes // others, parallel.context, parallel.tensor)
+    data = num_processes // others
+    if data % parallel.replicate:
+        raise ValueError(
+            f"parallel.replicate={parallel.replicate} does not divide the {data} data-parallel "
+            f"processes; the nearest that does is {math.gcd(data, parallel.replicate)}"
+        )
+    return (parallel.pipeline, data, parallel.context, parallel.tensor)
+
+
+def _meshes(
+    device_type: str, shape: tuple[int, int, int, int], replicate: int
+) -> tuple[DeviceMesh, DeviceMesh]:
+    """The grid of all processes, and the mesh over which weights are sharded."""
+    if replicate == 1:
+        grid = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+        return grid, grid["data", "context"]._flatten("shards")
+    pipeline, data, context, tensor = shape
+    grid = init_device_mesh(
+        device_type,
+        (pipeline, replicate, data // replicate, context, tensor),
+        mesh_dim_names=("pipeline", "groups", "members", "context", "tensor"),
+    )
+    grid["groups", "members"]._flatten("data")
+    grid["members", "context"]._flatten("shards")
+    return grid, grid["groups", "shards"]
 
 
 @contextlib.contextmanager
@@ -140,8 +171,7 @@ def processes(parallel: Parallel | None = None) -> Iterator[Mesh]:
     try:
         shape = grid_shape(parallel, dist.get_world_size())
         control = dist.new_group(backend="gloo", timeout=timeout)
-        grid = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
-        shards = grid["data", "context"]._flatten("shards")
+        grid, shards = _meshes(device.type, shape, parallel.replicate)
         yield Mesh(device=device, grid=grid, shards=shards, control=control)
     finally:
         dist.destroy_process_group()

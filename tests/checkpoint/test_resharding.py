@@ -41,7 +41,7 @@ RECIPE: dict[str, Any] = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline 2 x data 2": {"pipeline": 2},
     "tensor 2 x context 2": {"tensor": 2, "context": 2},
-    "data 4": {},
+    "two groups of data 2": {"replicate": 2},
     "zbv 2 x tensor 2": {"pipeline": 2, "pipeline_schedule": FOLDED, "tensor": 2},
     "data 2 x tensor 2": {"tensor": 2},
 }

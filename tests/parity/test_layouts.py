@@ -1,6 +1,7 @@
 """One recipe gives one loss curve, however it is spread over processes."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,22 @@ def test_recomputation_and_full_sharding_change_nothing(
         parallel__recompute=recompute,
         parallel__reshard_after_forward=reshard,
     )
+    assert_same_curve(one_process, run)
+
+
+@pytest.mark.parametrize(
+    "layout", [(1, 2, 1, 1), (1, 4, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2), (2, 2, 1, 1)], ids=str
+)
+def test_groups_with_whole_sets_of_shards_change_nothing(
+    launcher: Launcher,
+    one_process: Path,
+    toy_tokens: Path,
+    tmp_path: Path,
+    layout: tuple[int, int, int, int],
+) -> None:
+    """Hybrid sharding: weights are gathered inside of a group, gradients summed over groups."""
+    processes = math.prod(layout)
+    run = train(launcher, toy_tokens, tmp_path, processes, **axes(layout), parallel__replicate=2)
     assert_same_curve(one_process, run)
 
 
