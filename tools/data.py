@@ -1,6 +1,12 @@
 """`megaphi data`: build a corpus, stage by stage.
 
     megaphi data ingest SOURCE... --out DIR
+    megaphi data annotate RECORDS_DIR... --model NAME --base-url URL --samples N --out DIR
+    megaphi data plan-generation --kind textbooks|exercises --samples N --out PLAN.jsonl
+    megaphi data generate PLAN.jsonl --model NAME --base-url URL --out DIR
+    megaphi data train-filter LABELS_DIR RECORDS_DIR... --features hashed|MODEL --out DIR
+    megaphi data filter RECORDS_DIR... --filter DIR --threshold X --out DIR
+    megaphi data report RECORDS_DIR... [--before RECORDS_DIR...] --out DIR
     megaphi data train-tokenizer RECORDS_DIR --vocab-size N --out DIR
     megaphi data tokenize RECORDS_DIR --tokenizer NAME_OR_DIR --out PREFIX
     megaphi data merge PREFIX... --out PREFIX
@@ -18,6 +24,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tools import (
+    data_annotate,
+    data_decontaminate,
+    data_dedup,
+    data_filter,
+    data_generate,
+    data_heuristics,
+    data_report,
+    data_train_filter,
+)
 
 EXAMPLES = """examples:
   megaphi data ingest ~/code --out corpus/records
@@ -60,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_train_tokenizer(verbs)
     _add_tokenize(verbs)
     _add_merge(verbs)
+    data_heuristics.add_parser(verbs)
+    data_dedup.add_parser(verbs)
+    data_decontaminate.add_parser(verbs)
+    data_annotate.add_parser(verbs)
+    data_generate.add_parser(verbs)
+    data_train_filter.add_parser(verbs)
+    data_filter.add_parser(verbs)
+    data_report.add_parser(verbs)
     return parser
 
 

@@ -11,6 +11,7 @@ n positions of all rows one after another, k elements of a head.
 """
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,72 +205,24 @@ def _flash2(
     return attended.view(query_bthk.shape)
 
 
-def _flash3(
-    query_bthk: Tensor,
-    key_bthk: Tensor,
-    value_bthk: Tensor,
-    probability: float,
-    documents: Documents | None,
-) -> Tensor:
-    """flash-attn 3."""
-    from flash_attn_interface import (  # type: ignore[import-not-found]
-        flash_attn_func,
-        flash_attn_varlen_func,
-    )
-
-    return _without_dropout(
-        flash_attn_func,
-        flash_attn_varlen_func,
-        query_bthk,
-        key_bthk,
-        value_bthk,
-        probability,
-        documents,
-    )
-
-
-def _flash4(
-    query_bthk: Tensor,
-    key_bthk: Tensor,
-    value_bthk: Tensor,
-    probability: float,
-    documents: Documents | None,
-) -> Tensor:
-    """flash-attn 4."""
-    from flash_attn.cute import (  # type: ignore[import-not-found]
-        flash_attn_func,
-        flash_attn_varlen_func,
-    )
-
-    return _without_dropout(
-        flash_attn_func,
-        flash_attn_varlen_func,
-        query_bthk,
-        key_bthk,
-        value_bthk,
-        probability,
-        documents,
-    )
-
-
 def _without_dropout(
-    dense: Callable[..., Any],
-    variable: Callable[..., Any],
+    module: str,
     query_bthk: Tensor,
     key_bthk: Tensor,
     value_bthk: Tensor,
     probability: float,
     documents: Documents | None,
 ) -> Tensor:
-    """flash-attn 3 and 4, which take the same arguments.
+    """flash-attn 3 and 4, two modules whose functions take the same arguments.
 
     flash-attn 4 and the first releases of 3 also return the logarithms of the softmax's sums.
     """
     assert probability == 0.0, "flash-attn 3 and 4 have no dropout"
+    package = importlib.import_module(module)
     if documents is None:
-        result = dense(query_bthk, key_bthk, value_bthk, causal=True)
+        result = package.flash_attn_func(query_bthk, key_bthk, value_bthk, causal=True)
     else:
-        result = variable(
+        result = package.flash_attn_varlen_func(
             *_packed(query_bthk, key_bthk, value_bthk),
             cu_seqlens_q=documents.starts,
             cu_seqlens_k=documents.starts,
@@ -374,8 +327,8 @@ def _torch_kernel(
 
 
 _KERNELS: dict[str, Callable[..., Tensor]] = {
-    "flash4": _flash4,
-    "flash3": _flash3,
+    "flash4": functools.partial(_without_dropout, "flash_attn.cute"),
+    "flash3": functools.partial(_without_dropout, "flash_attn_interface"),
     "flash2": _flash2,
     "te": _transformer_engine,
     "cudnn": _torch_cudnn,

@@ -1,0 +1,1 @@
+"""The corpus report: how diverse a corpus is, how much of it repeats, what it covers."""

@@ -1,0 +1,138 @@
+"""Builds the corpus report: scans the parts on a pool, measures, writes `report.json` and the page.
+
+The output directory holds `manifest.json`, `report.json` and `report.html`; it is built aside and
+published by one rename, and a killed run finds the parts that were scanned.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.jsonl import file_sha256
+from data_pipeline.minhash import choose_bands
+from data_pipeline.output import MANIFEST_NAME, WorkDirectory, check_target, write_json
+from data_pipeline.pool import run_tasks
+from data_pipeline.record_work import PartShard, read_manifests, record_work
+from data_pipeline.records import Json, digest
+from data_pipeline.report.measures import LEVELS, Scanned, corpus_measures
+from data_pipeline.report.page import render
+from data_pipeline.report.scan import ScanTask, sample_rate, scan_part
+from megaphi.durable import write_durably
+from megaphi.errors import RunError
+
+VERSION = "1"
+STAGE = "report"
+REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
+MAX_NGRAMS = 8_000_000  # held in memory, about 60 bytes each while they are counted
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus of the report: what it is called, and its records directories."""
+
+    label: str
+    records: Sequence[Path]
+
+
+def build_report(
+    corpora: Sequence[Corpus],
+    out: Path,
+    *,
+    examples: int = 200,
+    workers: int = 1,
+    overwrite: bool = False,
+    on_part: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[str, Json], bool]:
+    """Build a report directory.
+
+    Args:
+        corpora: one, or two to compare: before and after.
+        out: directory to make.
+        examples: documents of each corpus that the page quotes.
+        workers: number of processes; the output does not depend on it.
+        overwrite: replace a report of other records or options.
+        on_part: called after each part with (parts done, parts in all).
+
+    Returns:
+        The content of `report.json`, and whether it was there already.
+
+    Raises:
+        FileNotFoundError: a directory is missing.
+        ValueError: an option is wrong, or `out` holds something else.
+        RunError: the records are damaged, or there are none.
+    """
+    if workers < 1 or examples < 1:
+        raise ValueError(f"--workers {workers}, --examples {examples}: at least 1 is needed")
+    check_target(out)
+    inputs: list[Json] = []
+    rates: list[int] = []
+    for corpus in corpora:
+        manifests = read_manifests(corpus.records)
+        if not sum(manifest.records_out for manifest in manifests):
+            raise RunError(f"{', '.join(map(str, corpus.records))}: there is no record to report")
+        inputs.append([corpus.label, [manifest.records_sha256 for manifest in manifests]])
+        text_bytes = sum(manifest.text_bytes for manifest in manifests)
+        rates.append(sample_rate(text_bytes, MAX_NGRAMS))
+    key = digest([STAGE, VERSION, examples, inputs])
+    if (out / MANIFEST_NAME).is_file() and not overwrite:
+        if json.loads((out / MANIFEST_NAME).read_bytes()).get("key") != key:
+            raise ValueError(
+                f"{out}: holds the output of other inputs or options; "
+                "choose another --out, or pass --overwrite to replace it"
+            )
+        report: dict[str, Json] = json.loads((out / REPORT_NAME).read_bytes())
+        return report, True
+    work = WorkDirectory(out.with_name(out.name + ".partial"), key)
+    try:
+        report = _measure(corpora, rates, work, examples, workers, on_part)
+        write_json(work.path / REPORT_NAME, report)
+        write_durably(work.path / PAGE_NAME, render(report))
+        files = {name: file_sha256(work.path / name) for name in (REPORT_NAME, PAGE_NAME)}
+        manifest = {"stage": STAGE, "version": VERSION, "key": key, "inputs": inputs}
+        write_json(work.path / MANIFEST_NAME, manifest | {"files": files})
+        work.publish(out)
+    finally:
+        work.release()
+    return report, False
+
+
+def _measure(
+    corpora: Sequence[Corpus],
+    rates: Sequence[int],
+    work: WorkDirectory,
+    examples: int,
+    workers: int,
+    on_part: Callable[[int, int], None],
+) -> dict[str, Json]:
+    """Scan what is not scanned yet, and measure each corpus."""
+    bands, rows = choose_bands(min(LEVELS))
+    tasks: list[list[ScanTask]] = []
+    number = 0
+    for corpus, rate in zip(corpora, rates, strict=True):
+        shards: list[PartShard] = list(record_work(corpus.records).shards)
+        places = [work.shard_directory(number + place) for place in range(len(shards))]
+        number += len(shards)
+        tasks.append(
+            [
+                ScanTask(shard, place, bands, rows, rate, examples)
+                for shard, place in zip(shards, places, strict=True)
+            ]
+        )
+    everything = [task for some in tasks for task in some]
+    missing = [task for n, task in enumerate(everything) if work.finished(n) is None]
+    for done, _ in enumerate(run_tasks(scan_part, missing, workers), start=1):
+        on_part(len(everything) - len(missing) + done, len(everything))
+    measured = []
+    number = 0
+    for corpus, rate, some in zip(corpora, rates, tasks, strict=True):
+        results = [work.finished(number + place) for place in range(len(some))]
+        number += len(some)
+        scanned = Scanned([task.directory for task in some], [r for r in results if r is not None])
+        measures = corpus_measures([task.shard for task in some], scanned, bands, rate)
+        measured.append({"label": corpus.label, **measures})
+    for task in everything:
+        shutil.rmtree(task.directory)
+    return {"version": VERSION, "corpora": measured}
