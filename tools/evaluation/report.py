@@ -120,7 +120,8 @@ def read_similarity(path: Path | None, suite: Suite) -> dict[str, dict[str, bool
         for problem in suite.problems:
             if problem.task_id not in flags:
                 raise ValueError(f"{path}: {name} says nothing of {problem.task_id}")
-    return content
+    similarity: dict[str, dict[str, bool]] = content
+    return similarity
 
 
 def _of_decontamination(benchmarks: Any, suite: Suite) -> dict[str, dict[str, bool]]:
