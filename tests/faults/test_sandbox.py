@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -359,10 +360,17 @@ def test_refuses_where_bubblewrap_fails(
         f"#!{shell}\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n"
     )
     fake.chmod(0o755)
-    for part in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+    # a sandbox that root starts runs as nobody, who must be able to see it
+    for part in (tmp_path, *tmp_path.parents):
+        if part == Path(tempfile.gettempdir()):
+            break
         part.chmod(0o777)
     monkeypatch.setenv("PATH", str(tmp_path))
     command = ["evaluate", "--canonical", "--suite", str(tmp_path / "suite.jsonl")]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "No permissions to create new namespace" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    fake.write_text("not a program")
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "the sandbox cannot be started" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -120,17 +120,23 @@ class Sandbox:
         descriptor = theirs.fileno()
         self._group = MemoryGroup(memory_bytes)
         with tempfile.TemporaryFile() as errors:
-            self._process = subprocess.Popen(
-                [*command, "-s", "-S", "-B", "-c", _BOOTSTRAP, str(descriptor)],
-                # the order of sets must not depend on the process
-                env={"PYTHONHASHSEED": "0"},
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=[descriptor],
-                **identity,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [*command, "-s", "-S", "-B", "-c", _BOOTSTRAP, str(descriptor)],
+                    # the order of sets must not depend on the process
+                    env={"PYTHONHASHSEED": "0"},
+                    cwd="/",
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    pass_fds=[descriptor],
+                    **identity,
+                )
+            except OSError as error:
+                theirs.close()
+                self._control.close()
+                self._group.close()
+                raise ValueError(f"the sandbox cannot be started ({error}): {INSTALL}") from None
             theirs.close()
             try:
                 self._control.settimeout(_START_SECONDS)
