@@ -22,7 +22,7 @@ from megaphi import __version__
 from megaphi.errors import EXIT_FAILED, EXIT_OK
 
 ROOT = Path(__file__).resolve().parent.parent
-_DATA_PACKAGES = ("numpy", "torch", "tokenizers", "gigatoken", "megatron-core")
+_DATA_PACKAGES = ("numpy", "torch", "tokenizers", "gigatoken", "megatron-core", "datatrove")
 _GPU_PACKAGES = (
     "numpy",
     "torch",
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="name", required=True, metavar="VERB")
     data = verbs.add_parser(
         "data",
-        help="tokenizing, sample order, blending, loading",
+        help="corpus stages, tokenizing, sample order, blending, loading",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     data.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
@@ -94,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--repeats", type=int, default=3, metavar="N", help="of everything")
     cores = len(os.sched_getaffinity(0))
     data.add_argument("--workers", type=int, default=cores, metavar="N", help="of our tokenizing")
+    data.add_argument("--groups", metavar="A,B", help="only these tables; None: all")
+    data.add_argument(
+        "--megatron-lm", type=Path, metavar="DIR", help="checkout, for its preprocess_data.py"
+    )
     data.set_defaults(run=_data, packages=_DATA_PACKAGES)
     _add_kernels(verbs)
     _add_train(verbs)

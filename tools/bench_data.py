@@ -1,4 +1,4 @@
-"""`megaphi bench data`: how fast text becomes tokens, tokens an order, and the order batches.
+"""`megaphi bench data`: deduplication, decontamination, tokenizing, sample order, loading.
 
 Every repeat of every measurement is a process of its own, and megaphi and its peers take turns, so
 that whatever else the machine is doing hits them alike. Where a peer does the same work, the
@@ -9,83 +9,18 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaphi.errors import RunError
 from tools.bench import package_version, run_child
 from tools.bench_measures import BLEND_WEIGHTS, MICRO_BATCH_SIZE, SEQUENCE_LENGTH
-
-
-@dataclass(frozen=True)
-class _Tool:
-    """One row: what is measured, and the distribution that it needs (None: ours)."""
-
-    label: str
-    measure: str
-    package: str | None = None
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Rows that do the same work; the first is ours, the ratios are to it.
-
-    A rate is amount / seconds / scale, in `unit`.
-    """
-
-    name: str
-    unit: str
-    scale: float
-    tools: tuple[_Tool, ...]
-    shows_memory: bool = False
-
-
-_GROUPS = (
-    _Group(
-        "tokenize",
-        "MB/s",
-        1e6,
-        (
-            _Tool("megaphi: records -> .bin, .idx on disk", "tokenize_megaphi"),
-            _Tool("tokenizers: encode_batch_fast in memory", "tokenize_tokenizers", "tokenizers"),
-            _Tool("gigatoken: encode_batch in memory", "tokenize_gigatoken", "gigatoken"),
-        ),
-    ),
-    _Group(
-        "sample order",
-        "M tokens/s",
-        1e6,
-        (
-            _Tool("megaphi: build_sample_order", "index_megaphi"),
-            _Tool("Megatron-Core: GPTDataset indices", "index_megatron", "megatron-core"),
-        ),
-        shows_memory=True,
-    ),
-    _Group(
-        "blend order",
-        "M samples/s",
-        1e6,
-        (
-            _Tool("megaphi: blend_order", "blend_megaphi"),
-            _Tool("Megatron-Core: build_blending_indices", "blend_megatron", "megatron-core"),
-        ),
-        shows_memory=True,
-    ),
-    _Group(
-        "loader",
-        "samples/s",
-        1.0,
-        (
-            _Tool("megaphi: Loader, micro-batches of 8", "loader_megaphi"),
-            _Tool("Megatron-Core: GPTDataset[k], one by one", "loader_megatron", "megatron-core"),
-        ),
-    ),
-)
+from tools.bench_rows import GROUPS, MEGATRON_LM, Group, Tool
 
 
 def run_data(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -113,8 +48,9 @@ def run_data(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             "index_tokens": int(options.index_tokens),
             "blend_samples": int(options.blend_samples),
             "loader_samples": options.loader_samples,
+            "megatron_lm": str(options.megatron_lm or ""),
         }
-        groups = [_run_group(group, request, work, options.repeats) for group in _GROUPS]
+        groups = [_run_group(group, request, work, options) for group in _chosen(options)]
         info = json.loads((work / "tokens.json").read_bytes())
     corpus |= {"tokens": info["num_tokens"], "backend": _backend(info)}
     settings = {
@@ -185,26 +121,57 @@ def _backend(info: dict[str, Any]) -> str:
     return ", ".join(libraries) or "unknown"
 
 
-def _run_group(group: _Group, request: dict[str, Any], work: Path, repeats: int) -> dict[str, Any]:
+def _chosen(options: argparse.Namespace) -> list[Group]:
+    """The groups that were asked for; `tokenize` is always one, the others read its token file.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    if options.groups is None:
+        return list(GROUPS)
+    names = options.groups.split(",")
+    known = [group.name for group in GROUPS]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--groups {name}: there are {', '.join(map(repr, known))}")
+    return [group for group in GROUPS if group.name in (*names, "tokenize")]
+
+
+def _version(tool: Tool, options: argparse.Namespace) -> str | None:
+    """Version of what a row needs: of a distribution, or the commit of a checkout."""
+    if tool.package != MEGATRON_LM:
+        return tool.package and package_version(tool.package)
+    if options.megatron_lm is None:
+        return None
+    command = ["git", "-C", str(options.megatron_lm), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _run_group(
+    group: Group, request: dict[str, Any], work: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measure the rows of a group in turns and set them against ours."""
-    versions = {tool: tool.package and package_version(tool.package) for tool in group.tools}
-    results: dict[_Tool, list[dict[str, Any]]] = {tool: [] for tool in group.tools}
-    problems: dict[_Tool, str] = {}
+    repeats = options.repeats
+    versions = {tool: _version(tool, options) for tool in group.tools}
+    results: dict[Tool, list[dict[str, Any]]] = {tool: [] for tool in group.tools}
+    problems: dict[Tool, str] = {}
     for repeat in range(repeats):
         for tool in group.tools:
             if tool in problems:
                 continue
             if tool.package is not None and versions[tool] is None:
-                problems[tool] = "not installed"
+                given = tool.package != MEGATRON_LM
+                problems[tool] = "not installed" if given else "--megatron-lm is not given"
                 continue
             print(f"{repeat + 1}/{repeats} {tool.label}", file=sys.stderr, flush=True)
             try:
                 results[tool].append(_measure(tool, request, work))
             except RunError as error:
-                if tool.package is None:
+                if tool.ours:
                     raise
                 problems[tool] = f"failed: {error}"
-    ours = _sum_up(group, results[group.tools[0]])
+    ours = group.tools[0]
+    own = None if ours in problems else _sum_up(group, results[ours])
     rows = []
     for tool in group.tools:
         row: dict[str, Any] = {"name": tool.label, "package": tool.package}
@@ -213,14 +180,16 @@ def _run_group(group: _Group, request: dict[str, Any], work: Path, repeats: int)
             row["problem"] = problems[tool]
         else:
             row |= _sum_up(group, results[tool])
-        if tool.package is not None and tool not in problems:
-            row["megaphi_ratio"] = ours["rate"] / row["rate"]
-            row["same_result"] = results[tool][0]["digest"] == results[group.tools[0]][0]["digest"]
+        if not tool.ours and own is not None and tool not in problems:
+            digests = [results[which][0]["digest"] for which in (ours, tool)]
+            row["megaphi_ratio"] = own["rate"] / row["rate"]
+            row["megaphi_cpu_ratio"] = own["rate_per_cpu_second"] / row["rate_per_cpu_second"]
+            row["same_result"] = digests[0] == digests[1] if all(digests) else None
         rows.append(row)
     return {"name": group.name, "unit": group.unit, "rows": rows}
 
 
-def _measure(tool: _Tool, request: dict[str, Any], work: Path) -> dict[str, Any]:
+def _measure(tool: Tool, request: dict[str, Any], work: Path) -> dict[str, Any]:
     """One repeat of one measurement, in a process of its own.
 
     Raises:
@@ -229,8 +198,7 @@ def _measure(tool: _Tool, request: dict[str, Any], work: Path) -> dict[str, Any]
     path, result = work / "request.json", work / "result.json"
     result.unlink(missing_ok=True)
     path.write_text(json.dumps(request | {"measure": tool.measure, "result": str(result)}))
-    kind = "megatron" if tool.measure.endswith("_megatron") else "measures"
-    done = run_child(f"tools.bench_{kind}", path)
+    done = run_child(tool.module, path)
     if done.returncode != 0 or not result.is_file():
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise RunError(f"{tool.measure}: {last[0]}")
@@ -238,7 +206,7 @@ def _measure(tool: _Tool, request: dict[str, Any], work: Path) -> dict[str, Any]
     return values
 
 
-def _sum_up(group: _Group, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _sum_up(group: Group, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and extremes of the repeats, and what each of them gave."""
     amount = results[0]["amount"]
     seconds = [result["seconds"] for result in results]
@@ -260,7 +228,6 @@ def _sum_up(group: _Group, results: list[dict[str, Any]]) -> dict[str, Any]:
 def _table(report: dict[str, Any]) -> list[str]:
     """The report as text."""
     corpus, settings = report["corpus"], report["settings"]
-    loader = report["groups"][-1]["rows"][0]["rate"] * SEQUENCE_LENGTH / 1e6
     lines = [
         f"corpus: {corpus['text_bytes'] / 1e6:.1f} MB in {corpus['documents']:,} documents of "
         f"{corpus['source']}, {corpus['tokens']:,} tokens of {settings['tokenizer']}",
@@ -275,14 +242,17 @@ def _table(report: dict[str, Any]) -> list[str]:
         head = f"{group['name']} ({group['unit']})"
         lines.append(
             f"{head:<42}{'rate':>10}{'lowest':>10}{'highest':>10}{'per cpu-s':>11}{'seconds':>9}"
-            f"{'MiB':>8}{'megaphi is':>12}{'same':>6}"
+            f"{'MiB':>8}{'megaphi is':>12}{'by cpu':>9}{'same':>6}"
         )
         lines.extend(f"  {_row(row)}".rstrip() for row in group["rows"])
         lines.append("")
     lines.append(
         f"our tokenizing ran on {corpus['backend']} with {settings['workers']} process(es)"
     )
-    lines.append(f"our loader gave {loader:,.1f} M tokens/s")
+    for group in report["groups"]:
+        if group["name"] == "loader":
+            rate = group["rows"][0]["rate"] * SEQUENCE_LENGTH / 1e6
+            lines.append(f"our loader gave {rate:,.1f} M tokens/s")
     return lines
 
 
@@ -293,11 +263,13 @@ def _row(row: dict[str, Any]) -> str:
     rates = (row[key] for key in ("rate", "lowest_rate", "highest_rate"))
     numbers = "".join(f"{_number(rate):>10}" for rate in rates)
     memory = "" if row["extra_memory_mib"] is None else f"{row['extra_memory_mib']:,.0f}"
-    ratio = f"{row['megaphi_ratio']:.3g}x" if "megaphi_ratio" in row else ""
+    ratio, by_cpu = (
+        f"{row[key]:.3g}x" if key in row else "" for key in ("megaphi_ratio", "megaphi_cpu_ratio")
+    )
     same = {True: "yes", False: "NO", None: ""}[row.get("same_result")]
     return (
         f"{row['name']:<40}{numbers}{_number(row['rate_per_cpu_second']):>11}"
-        f"{statistics.median(row['seconds']):>9.3f}{memory:>8}{ratio:>12}{same:>6}"
+        f"{statistics.median(row['seconds']):>9.3f}{memory:>8}{ratio:>12}{by_cpu:>9}{same:>6}"
     )
 
 

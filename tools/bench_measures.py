@@ -98,7 +98,7 @@ def digest_arrays(arrays: Iterable[NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _digest_documents(documents: Iterable[Any]) -> str:
+def digest_documents(documents: Iterable[Any]) -> str:
     """SHA-256 over the ids of documents, whatever their order."""
     single = sorted(
         hashlib.sha256(np.asarray(ids).astype("<i4").tobytes()).digest() for ids in documents
@@ -124,7 +124,7 @@ def made_up_lengths(num_tokens: int) -> NDArray[np.int32]:
 # ---------------------------------------------------------------- tokenizing
 
 
-def _texts(request: Request) -> list[str]:
+def texts_of(request: Request) -> list[str]:
     """All texts of the records directory, in memory."""
     from data_pipeline.output import read_manifest
     from data_pipeline.records import read_part
@@ -134,7 +134,8 @@ def _texts(request: Request) -> list[str]:
     return [record["text"] for part in parts for _, record in read_part(part)]
 
 
-def _num_bytes(texts: Iterable[str]) -> int:
+def num_bytes(texts: Iterable[str]) -> int:
+    """Bytes of texts in UTF-8."""
     return sum(len(text.encode("utf-8")) for text in texts)
 
 
@@ -160,9 +161,9 @@ def tokenize_megaphi(request: Request) -> Measure:
         assert info is not None
         documents = [indexed[i] for i in range(len(indexed))]
         assert all(ids[-1] == info.eod_id for ids in documents)
-        return _digest_documents(ids[:-1] for ids in documents)
+        return digest_documents(ids[:-1] for ids in documents)
 
-    return Measure(_num_bytes(_texts(request)), work, digest, warm_up=False)
+    return Measure(num_bytes(texts_of(request)), work, digest, warm_up=False)
 
 
 def tokenize_tokenizers(request: Request) -> Measure:
@@ -172,11 +173,11 @@ def tokenize_tokenizers(request: Request) -> Measure:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer = Tokenizer.from_file(request["tokenizer_file"])
     tokenizer.encode_special_tokens = True  # as we do: a document is data
-    texts = _texts(request)
+    texts = texts_of(request)
     return Measure(
-        _num_bytes(texts),
+        num_bytes(texts),
         lambda: tokenizer.encode_batch_fast(texts, add_special_tokens=False),
-        lambda encodings: _digest_documents(encoding.ids for encoding in encodings),
+        lambda encodings: digest_documents(encoding.ids for encoding in encodings),
         warm_up=False,
     )
 
@@ -186,12 +187,12 @@ def tokenize_gigatoken(request: Request) -> Measure:
     import gigatoken
 
     tokenizer = gigatoken.Tokenizer.from_json(Path(request["tokenizer_file"]).read_text("utf-8"))
-    texts = _texts(request)
+    texts = texts_of(request)
     encoded = [text.encode("utf-8") for text in texts]
     return Measure(
         sum(map(len, encoded)),
         lambda: tokenizer.encode_batch(encoded),
-        _digest_documents,
+        digest_documents,
         warm_up=False,
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ import tools.bench_data
 from tools.cli import main
 
 SMALL = ["--megabytes=0.05", "--index-tokens=50000", "--blend-samples=9000", "--loader-samples=20"]
-GROUPS = ["tokenize", "sample order", "blend order", "loader"]
+GROUPS = [
+    "near-dedup, whole command",
+    "decontaminate, whole command",
+    "tokenize, whole command",
+    "tokenize",
+    "sample order",
+    "blend order",
+    "loader",
+]
 
 
 @pytest.fixture
@@ -23,7 +32,9 @@ def words(tmp_path: Path) -> list[str]:
     for number in range(40):
         path = source / f"package{number % 3}" / f"module{number}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"def f{number}_{k}(x):\n    return x + {k}\n" for k in range(50)))
+        # long enough a function for a benchmark's solutions to be compared with
+        body = "    for a in x:\n        if a > {k} and a * 2 < 9:\n            return [a + {k}]\n"
+        path.write_text("".join(f"def f{number}_{k}(x):\n{body.format(k=k)}" for k in range(25)))
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(["def f(x):\n    return x\n"], 280, show_progress=False)
     tokenizer.add_special_tokens(["<|endoftext|>"])
@@ -37,13 +48,12 @@ def without_megatron(name: str) -> str | None:
     return None if name == "megatron-core" else tools.bench.package_version(name)
 
 
-def check_rows(report: dict[str, Any]) -> None:
+def check_rows(report: dict[str, Any], groups: list[str]) -> None:
     """Every row has rates that follow from its own seconds, and ratios from the rates."""
-    scales = {"MB/s": 1e6, "M tokens/s": 1e6, "M samples/s": 1e6, "samples/s": 1}
-    assert [group["name"] for group in report["groups"]] == GROUPS
+    scales = {"MB/s": 1e6, "M pairs/s": 1e6, "M tokens/s": 1e6, "M samples/s": 1e6, "samples/s": 1}
+    assert [group["name"] for group in report["groups"]] == groups
     for group in report["groups"]:
         ours = group["rows"][0]
-        assert ours["package"] is None
         assert "problem" not in ours
         for row in group["rows"]:
             if "problem" in row:
@@ -63,16 +73,22 @@ def check_rows(report: dict[str, Any]) -> None:
 
 def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> None:
     monkeypatch.setattr(tools.bench_data, "package_version", without_megatron)
-    assert main([*words, "--repeats", "2", "--json"]) == 0
+    assert main([*words, "--repeats", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "out" / "data.json").read_text())
-    check_rows(report)
+    check_rows(report, GROUPS)
     rows = {row["name"]: row for group in report["groups"] for row in group["rows"]}
     problems = {name: row["problem"] for name, row in rows.items() if "problem" in row}
-    missing = [name for name in rows if "Megatron" in name]
-    if tools.bench.package_version("gigatoken") is None:
-        missing.append("gigatoken: encode_batch in memory")
-    assert problems == dict.fromkeys(missing, "not installed")
+    packages = {row["package"]: name for name, row in rows.items() if "package" in row}
+    missing = [name for name in rows if "Megatron-Core" in name]
+    missing += [
+        packages[name]
+        for name in ("gigatoken", "datatrove")
+        if tools.bench.package_version(name) is None
+    ]
+    given = [name for name in rows if "Megatron-LM" in name]
+    expected = dict.fromkeys(missing, "not installed")
+    assert problems == expected | dict.fromkeys(given, "--megatron-lm is not given")
     files = sorted((tmp_path / "source").rglob("*.py"))
     assert 0 < report["corpus"]["documents"] < len(files)
     assert 50_000 <= report["corpus"]["text_bytes"] < 50_000 + files[0].stat().st_size * 1.2
@@ -91,9 +107,10 @@ def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> No
     tools.bench.package_version("megatron-core") is None, reason="megatron-core is not installed"
 )
 def test_megatron_core_gives_the_same_results(words: list[str], capsys) -> None:
-    assert main([*words, "--repeats", "1", "--json"]) == 0
+    wanted = GROUPS[-3:]
+    assert main([*words, "--repeats", "1", "--json", "--groups", ",".join(wanted)]) == 0
     report = json.loads(capsys.readouterr().out)
-    check_rows(report)
+    check_rows(report, ["tokenize", *wanted])
     rows = [row for group in report["groups"] for row in group["rows"]]
     assert sum(row["package"] == "megatron-core" and "rate" in row for row in rows) == 3
 
@@ -101,16 +118,20 @@ def test_megatron_core_gives_the_same_results(words: list[str], capsys) -> None:
 def test_a_peer_that_fails_does_not_stop_the_others(
     tmp_path: Path, words: list[str], monkeypatch, capsys
 ) -> None:
-    ours = tools.bench_data._Tool("ours", "blend_megaphi")
-    broken = tools.bench_data._Tool("broken", "no_such_measure", "numpy")
-    groups = (tools.bench_data._Group("g", "samples/s", 1.0, (ours, broken)),)
+    ours = tools.bench_data.Tool("ours", "blend_megaphi", ours=True)
+    broken = tools.bench_data.Tool("broken", "no_such_measure", "numpy")
+    groups = (tools.bench_data.Group("g", "samples/s", 1.0, (ours, broken)),)
     request = {"blend_samples": 50}
-    entry = tools.bench_data._run_group(groups[0], request, tmp_path, repeats=2)
+    entry = tools.bench_data._run_group(
+        groups[0], request, tmp_path, Namespace(repeats=2, megatron_lm=None)
+    )
     first, second = entry["rows"]
     assert first["amount"] == 50
     assert second["problem"] == "failed: no_such_measure: KeyError: 'no_such_measure'"
-    groups = (tools.bench_data._Group("g", "samples/s", 1.0, (broken.__class__("o", "none"),)),)
-    monkeypatch.setattr(tools.bench_data, "_GROUPS", groups)
+    groups = (
+        tools.bench_data.Group("g", "samples/s", 1.0, (broken.__class__("o", "none", ours=True),)),
+    )
+    monkeypatch.setattr(tools.bench_data, "GROUPS", groups)
     assert main(words) == 1  # ours must not fail
     assert "KeyError: 'none'" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
@@ -121,6 +142,8 @@ def test_wrong_calls(tmp_path: Path, words: list[str], capsys) -> None:
         assert main([*words, option, value]) == 2
         assert option in capsys.readouterr().err
     assert main([*words, "--blend-samples", "inf"]) == 2
+    assert main([*words, "--groups", "tokenise"]) == 2
+    assert "--groups tokenise: there are 'near-dedup" in capsys.readouterr().err
     assert main([*words, "--source", str(tmp_path / "nothing")]) == 2
     assert "nothing: no such directory" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

