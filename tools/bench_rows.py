@@ -41,7 +41,7 @@ _CORPUS, _MEGATRON = "tools.bench_corpus", "tools.bench_megatron"
 
 GROUPS = (
     Group(
-        "near-dedup, whole command",
+        "near-dedup command",
         "MB/s",
         1e6,
         (
@@ -50,7 +50,7 @@ GROUPS = (
         ),
     ),
     Group(
-        "decontaminate, whole command",
+        "decontaminate command",
         "M pairs/s",
         1e6,
         (
@@ -64,7 +64,7 @@ GROUPS = (
         ),
     ),
     Group(
-        "tokenize, whole command",
+        "tokenize command",
         "MB/s",
         1e6,
         (

@@ -15,9 +15,9 @@ from tools.cli import main
 
 SMALL = ["--megabytes=0.05", "--index-tokens=50000", "--blend-samples=9000", "--loader-samples=20"]
 GROUPS = [
-    "near-dedup, whole command",
-    "decontaminate, whole command",
-    "tokenize, whole command",
+    "near-dedup command",
+    "decontaminate command",
+    "tokenize command",
     "tokenize",
     "sample order",
     "blend order",
