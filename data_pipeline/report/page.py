@@ -6,6 +6,7 @@ and the one script whose hash it names, so that a document which holds markup st
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -28,6 +29,8 @@ function search() {
   shown.textContent = `${count} of ${examples.length}`;
 }
 field.addEventListener("input", search);
+// report.html#words opens with these words looked for, so that a finding can be passed on
+field.value = decodeURIComponent(location.hash.slice(1));
 search();
 """
 
@@ -36,7 +39,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: .5rem 0; }
 th, td { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 svg { width: 100%; max-width: 40rem; font-size: 11px; fill: currentColor; display: block; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8886; padding: .5rem; }
 .columns { display: flex; flex-wrap: wrap; gap: 2rem; }
@@ -44,6 +47,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8886; p
 .note { opacity: .75; }
 input { font: inherit; width: 20rem; max-width: 100%; }
 """
+
+# percentages and shares are text, and line up as numbers do
+_LIKE_A_NUMBER = re.compile(r"[\d,.]+%( of [\d,]+)?|-")
 
 Corpora = Sequence[dict[str, Json]]
 
@@ -87,11 +93,19 @@ def _text(value: Json) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Json]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
-    for row in rows:
-        cells = (f"<td{'' if isinstance(v, str) else ' class=number'}>{_text(v)}</td>" for v in row)
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    """A table; a column is aligned like its last cell."""
+
+    def line(tag: str, cells: Sequence[Json]) -> str:
+        like = rows[-1] if tag == "th" and rows else cells
+        kinds = (" class=number" if _is_number(value) else "" for value in like)
+        pairs = zip(kinds, cells, strict=True)
+        return "<tr>" + "".join(f"<{tag}{k}>{_text(c)}</{tag}>" for k, c in pairs) + "</tr>"
+
+    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+
+
+def _is_number(value: Json) -> bool:
+    return not isinstance(value, str) or _LIKE_A_NUMBER.fullmatch(value) is not None
 
 
 def _percent(share: Json) -> str:
