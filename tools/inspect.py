@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     kind, path = find_target(options.target)
     if options.head and kind != "tokens":
         raise ValueError(f"--head shows documents of a token file; {path} is a {kind}")
+    if options.plot and kind != "run":
+        raise ValueError(f"--plot draws a run; {path} is a {kind}")
     report: dict[str, Any] = {"kind": kind, "path": path}
     try:
         report |= _describe(kind, path, options)
@@ -61,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="show the first N documents of a token file",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="draw a run: loss, gradient norm, learning rate, tokens/s, and what interrupted it",
     )
     return parser
 
@@ -128,7 +136,12 @@ def _describe(kind: str, path: str, options: argparse.Namespace) -> dict[str, An
     if kind == "huggingface":
         return describe_hugging_face(Path(path))
     describe = describe_run if kind == "run" else describe_checkpoint
-    return describe(Path(path), deep=options.deep)
+    report = describe(Path(path), deep=options.deep)
+    if options.plot:
+        from tools.inspect_plot import plot_run
+
+        report |= plot_run(Path(path), options.plot)
+    return report
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
