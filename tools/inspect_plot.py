@@ -97,7 +97,7 @@ def plot_run(run_dir: Path, path: Path) -> dict[str, Any]:
     FigureCanvasAgg(figure)
     axes: Sequence[Axes] = figure.subplots(len(_PANELS), 1, sharex=True, height_ratios=(3, 2, 1, 2))
     for panel, (key, label, scale) in zip(axes, _PANELS, strict=True):
-        _draw(panel, *curves.of(key))
+        _draw(panel, *curves.of(key), noisy=key != "lr")
         panel.set_ylabel(label)
         panel.set_yscale(scale)
         panel.grid(alpha=0.25)
@@ -120,9 +120,9 @@ def plot_run(run_dir: Path, path: Path) -> dict[str, Any]:
     }
 
 
-def _draw(panel: "Axes", steps: list[int], values: list[float]) -> None:
-    """Single steps; over many of them also a running median."""
-    many = len(values) >= _SMOOTHED
+def _draw(panel: "Axes", steps: list[int], values: list[float], *, noisy: bool) -> None:
+    """Single steps; over many noisy ones also a running median."""
+    many = noisy and len(values) >= _SMOOTHED
     panel.plot(steps, values, lw=0.6 if many else 1.0, alpha=0.4 if many else 1.0, color="tab:blue")
     if many:
         half = len(values) // 100
