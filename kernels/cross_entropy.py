@@ -5,11 +5,8 @@ For each chunk of rows, with logits z = x W^T + b in the dtype of x:
     loss = logsumexp(z) - z[label];   dz = softmax(z) - onehot(label);
     dx = dz W;   dW += dz^T x;   db += column sums of dz
 
-Everything between the matrix products is one kernel, one program a row: a first pass keeps the
-running maximum and the running sum of exponentials of blocks of the row (Milakov and Gimelshein,
-arXiv 1805.02867), a second pass writes dz over z. All arithmetic is fp32. The entry of the label is
-subtracted from in fp32, before its only rounding: subtracting 1 from a rounded probability near 1
-would lose most of its digits.
+Everything between the matrix products is one kernel, one program a row: both passes of
+`kernels.softmax`, the second of which writes dz over z. All arithmetic is fp32.
 
 Bytes: with V x 2 bytes a bf16 row of logits, the kernel reads the row, reads it again (102 kB at
 V = 51,200: from L2, where the rows in flight fit) and writes it. The unfused form holds the logits
@@ -25,7 +22,7 @@ written once a row, which is more traffic than the read that it saves.
 The weight gradient adds up in fp32. With bf16 or fp16 on CUDA the product goes through
 `torch.addmm(..., out_dtype=torch.float32)`, which adds without rounding each chunk's product to the
 narrow type. That branch exists on CUDA only and HAS NOT BEEN RUN: tests check its signature alone.
-Elsewhere each chunk's product is rounded to the dtype of x before it is added, as in the reference.
+Elsewhere `kernels.matmul.add_product_` converts the factors to fp32 first.
 
 Layout: logits rows contiguous; wide loads need V to be a multiple of 16 / itemsize. Limits: x,
 weight and bias of one dtype (float32, bfloat16, float16; float64 keeps only fp32 accuracy), one
@@ -44,13 +41,8 @@ from torch import Tensor
 
 from kernels.dispatch import launching_on
 from kernels.matmul import add_product_
-
-BLOCK = 8192
-"""Logits a program holds at a time; fewer where the vocabulary is smaller."""
-NUM_WARPS = 16
-"""For a whole block. 39 registers a thread let 3 programs share a multiprocessor: 33 MB of phi-1's
-rows in flight on an A100 (40 MB of L2) and 40 MB on an H100 or H200 (50 MB), which the second pass
-can find in L2. With 8 warps 4 programs fit, and the rows in flight no longer do."""
+from kernels.reference import rows_per_chunk
+from kernels.softmax import launch_settings, row_statistics, target_logit, write_row_gradient
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -67,35 +59,16 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     label = tl.load(labels_ptr + row).to(tl.int64)
-    valid = (label >= 0) & (label < vocab_size)
-    target = tl.load(logits_ptr + tl.where(valid, label, 0)).to(tl.float32)
-
-    lanes = tl.arange(0, block)
-    # The lowest finite number, not -inf: a first block of nothing but -inf stays exact.
-    maximum = -3.4028234663852886e38
-    total = 0.0
-    for start in range(0, vocab_size, block):
-        columns = start + lanes
-        z = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf"))
-        z = z.to(tl.float32)
-        larger = tl.maximum(maximum, tl.max(z, axis=0))
-        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(z - larger), axis=0)
-        maximum = larger
+    valid, target = target_logit(logits_ptr, label, vocab_size)
+    maximum, total = row_statistics(logits_ptr, vocab_size, block)
     # NaN spreads from here to the loss and to the whole row of gradients.
     total = tl.where(valid, total, float("nan"))
     # In this order: next to a large maximum the logarithm would lose its digits.
     tl.store(losses_ptr + row, (maximum - target) + tl.log(total))
 
     if with_gradient:
-        reciprocal = 1.0 / total
         tl.debug_barrier()  # every thread has read the target before one overwrites it
-        for start in range(0, vocab_size, block):
-            columns = start + lanes
-            mask = columns < vocab_size
-            z = tl.load(logits_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
-            probability = tl.exp(z - maximum) * reciprocal
-            gradient = probability - tl.where(columns == label, 1.0, 0.0)
-            tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+        write_row_gradient(logits_ptr, label, maximum, total, vocab_size, block)
 
 
 def cross_entropy_(
@@ -113,7 +86,7 @@ def cross_entropy_(
     assert logits_nv.stride(1) == 1
     assert labels_n.is_contiguous()
     assert losses_n.is_contiguous()
-    block = min(BLOCK, triton.next_power_of_2(vocab_size))
+    block, num_warps = launch_settings(vocab_size)
     with launching_on(logits_nv):
         cross_entropy_kernel[(rows,)](
             logits_nv,
@@ -123,7 +96,7 @@ def cross_entropy_(
             vocab_size,
             with_gradient=with_gradient,
             block=block,
-            num_warps=min(NUM_WARPS, max(1, block // 512)),
+            num_warps=num_warps,
         )
 
 
@@ -250,15 +223,15 @@ def linear_cross_entropy(
         weight_vd: head weight, in the dtype of `x_nd`.
         bias_v: head bias, in the dtype of `x_nd`.
         labels_n: integer target ids, each in [0, v); another makes the loss NaN.
-        chunk_rows: rows whose logits [chunk_rows, v] exist at a time; when not given, 4096 on a GPU
-            and 512 on a CPU.
+        chunk_rows: rows whose logits [chunk_rows, v] exist at a time; when not given,
+            `kernels.reference.rows_per_chunk`.
 
     Returns:
         fp32 scalar, the sum of -log softmax(x W^T + b)[label] over the rows. Gradients of the
         weight add up in fp32 over the chunks.
     """
     if chunk_rows is None:
-        chunk_rows = 512 if x_nd.device.type == "cpu" else 4096
+        chunk_rows = rows_per_chunk(x_nd.device)
     with_gradients = torch.is_grad_enabled() and (
         x_nd.requires_grad or weight_vd.requires_grad or bias_v.requires_grad
     )

@@ -13,7 +13,7 @@ in, two gradients out). Without dropout both gradients are dz itself, and PyTorc
 is all there is to do. The masks are never stored: the backward draws them again, and needs nothing
 of the forward but the place in the run. It walks a block of rows in each of a fixed number of
 programs with both bias sums in registers, fp32; partial sums [2, programs, d] are added in a fixed
-order. The masks are those of `kernels.block_end.dropout_row`, bit for bit.
+order. The masks are those of `kernels.dropout`.
 
 Layout: the last dimension has stride 1 (else it is copied), leading dimensions of any shape; one
 row is one program's registers. Limits: fp32, bf16 or fp16; d <= 8192; the branches share a dtype,
@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.block_end import PLACE_ARGUMENTS, dropout_row, place_of
 from kernels.dispatch import launching_on
+from kernels.dropout import PLACE_ARGUMENTS, branch_rows, dropout_row, place_of
 from kernels.layer_norm import as_rows, block_size, check, num_warps, split_rows
 from kernels.reference import DropoutSeed
 
@@ -57,18 +57,24 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
-    attention = tl.load(attention_ptr + row * attention_stride + columns, mask=inside, other=0.0)
-    attention_bias = tl.load(attention_bias_ptr + columns, mask=inside, other=0.0)
-    mlp = tl.load(mlp_ptr + row * mlp_stride + columns, mask=inside, other=0.0)
-    mlp_bias = tl.load(mlp_bias_ptr + columns, mask=inside, other=0.0)
-    attention = attention.to(tl.float32) + attention_bias.to(tl.float32)
-    mlp = mlp.to(tl.float32) + mlp_bias.to(tl.float32)
-    if threshold > 0:
-        mask_a, mask_b = dropout_row(
-            row, seed, step, site, first_token, tokens_ptr, threshold, width, block
-        )
-        attention *= mask_a
-        mlp *= mask_b
+    attention, mlp = branch_rows(
+        attention_ptr,
+        attention_bias_ptr,
+        mlp_ptr,
+        mlp_bias_ptr,
+        attention_stride,
+        mlp_stride,
+        row,
+        inside,
+        seed,
+        step,
+        site,
+        first_token,
+        tokens_ptr,
+        threshold,
+        width,
+        block,
+    )
     z = (attention + mlp).to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + row * width + columns, z, mask=inside)
 
@@ -122,7 +128,7 @@ def _forward(
     tokens_n: Tensor | None,
     threshold: int,
 ) -> Tensor:
-    """Return z [b, t, d] in the branches' dtype; the last three as in `kernels.block_end`."""
+    """Return z [b, t, d] in the branches' dtype; the last three from `place_of`."""
     attention_nd, mlp_nd = as_rows(attention_btd), as_rows(mlp_btd)
     z_btd = attention_btd.new_empty(attention_btd.shape)
     rows, width = attention_nd.shape

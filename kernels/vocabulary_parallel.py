@@ -3,10 +3,8 @@
     m = max(z);  s = sum(exp(z - m));  t = z[target], or -inf where another part has the target
     with M and S of all parts:  dz = exp(z - M) / S - onehot(target)
 
-Between the two, processes exchange m, s and t: 12 bytes a row. One program a row in both; the
-statistics keep a running maximum and a running sum over blocks of the row (Milakov and Gimelshein,
-arXiv 1805.02867), the gradient takes the place of the logits. All arithmetic is fp32; the target's
-entry is subtracted from before its only rounding.
+Between the two, processes exchange m, s and t: 12 bytes a row. One program a row in both: each is
+one of the passes of `kernels.softmax`. All arithmetic is fp32.
 
 Bytes, with V x 2 a bf16 row of logits: read, then read and written, 6 a logit. The unfused form
 holds the logits in fp32 beside them and passes over these for the conversion, the maximum, the
@@ -26,11 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import launching_on
-
-BLOCK = 8192
-"""Logits a program holds at a time; fewer where the part of the vocabulary is smaller."""
-NUM_WARPS = 16
-"""For a whole block, as in `kernels.cross_entropy`."""
+from kernels.softmax import launch_settings, row_statistics, target_logit, write_row_gradient
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -41,19 +35,8 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     column = tl.load(ids_ptr + row).to(tl.int64)
-    here = (column >= 0) & (column < num_columns)
-    target = tl.load(logits_ptr + tl.where(here, column, 0)).to(tl.float32)
-    lanes = tl.arange(0, block)
-    # the lowest finite number, not -inf: a first block of nothing but -inf stays exact
-    maximum = -3.4028234663852886e38
-    total = 0.0
-    for start in range(0, num_columns, block):
-        columns = start + lanes
-        z = tl.load(logits_ptr + columns, mask=columns < num_columns, other=float("-inf"))
-        z = z.to(tl.float32)
-        larger = tl.maximum(maximum, tl.max(z, axis=0))
-        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(z - larger), axis=0)
-        maximum = larger
+    here, target = target_logit(logits_ptr, column, num_columns)
+    maximum, total = row_statistics(logits_ptr, num_columns, block)
     rows = tl.num_programs(0).to(tl.int64)
     tl.store(statistics_ptr + row, maximum)
     tl.store(statistics_ptr + rows + row, total)
@@ -68,22 +51,9 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     column = tl.load(ids_ptr + row).to(tl.int64)
-    maximum = tl.load(maximum_ptr + row)
-    reciprocal = 1.0 / tl.load(total_ptr + row)
-    lanes = tl.arange(0, block)
-    for start in range(0, num_columns, block):
-        columns = start + lanes
-        mask = columns < num_columns
-        z = tl.load(logits_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
-        # a target in another part is no column of this one
-        gradient = tl.exp(z - maximum) * reciprocal - tl.where(columns == column, 1.0, 0.0)
-        tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
-
-
-def _launch(num_columns: int) -> tuple[int, int]:
-    """Block and warps for rows of so many columns."""
-    block = min(BLOCK, triton.next_power_of_2(num_columns))
-    return block, min(NUM_WARPS, max(1, block // 512))
+    maximum, total = tl.load(maximum_ptr + row), tl.load(total_ptr + row)
+    # a target in another part is no column of this one
+    write_row_gradient(logits_ptr, column, maximum, total, num_columns, block)
 
 
 def _statistics(logits_nv: Tensor, ids_n: Tensor) -> Tensor:
@@ -91,7 +61,7 @@ def _statistics(logits_nv: Tensor, ids_n: Tensor) -> Tensor:
     rows, num_columns = logits_nv.shape
     assert logits_nv.stride(1) == 1
     statistics = logits_nv.new_empty((3, rows), dtype=torch.float32)
-    block, num_warps = _launch(num_columns)
+    block, num_warps = launch_settings(num_columns)
     if rows:
         with launching_on(logits_nv):
             statistics_kernel[(rows,)](
@@ -110,7 +80,7 @@ def _gradient_(logits_nv: Tensor, ids_n: Tensor, maximum_n: Tensor, total_n: Ten
     """Write dlogits over the logits."""
     rows, num_columns = logits_nv.shape
     assert logits_nv.stride(1) == 1
-    block, num_warps = _launch(num_columns)
+    block, num_warps = launch_settings(num_columns)
     if rows:
         with launching_on(logits_nv):
             gradient_kernel[(rows,)](

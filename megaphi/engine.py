@@ -23,7 +23,7 @@ from megaphi.parallel.parallelize import parallelize, release_gathered_weights, 
 from megaphi.parallel.pipeline import Pipeline, Stage, split_layers, stages_of_process
 from megaphi.precision.fp8 import fp8_layers
 from megaphi.precision.loss_scale import LossScale
-from megaphi.precision.policy import facts_of, resolve
+from megaphi.precision.policy import check_pipeline, facts_of, resolve
 
 
 class Engine:
@@ -40,6 +40,10 @@ class Engine:
         self.tokens_per_step = recipe.train.global_batch_size * recipe.data.sequence_length
         self.num_addends = self.num_micro_batches * mesh.data_size
         self.policy = resolve(recipe.precision, facts_of(mesh.device))
+        self.layers_of_stages: list[range] = []
+        if recipe.parallel.pipeline > 1:
+            check_pipeline(self.policy, recipe.precision)
+            self.layers_of_stages = split_layers(recipe.model, recipe.parallel.num_stages)
         self.dtype = self.policy.compute_dtype
         self.fp8 = fp8_layers(self.policy, recipe.precision)
         self.loss_scale = LossScale(recipe.precision, mesh.device, enabled=self.policy.loss_scaling)
@@ -70,14 +74,8 @@ class Engine:
         options = (config, make, self.attention.backend, axes, parallel.recompute)
         if parallel.pipeline == 1:
             return [Phi(*options)]
-        if self.fp8 is not None and self.recipe.precision.fp8_scaling == "delayed":
-            raise ValueError(
-                "precision.fp8_scaling=delayed does not work with parallel.pipeline above 1; use "
-                "precision.fp8_scaling=current"
-            )
-        layers = split_layers(config, parallel.num_stages)
         numbers = stages_of_process(parallel, self.mesh.axis_rank("pipeline"))
-        return [Stage(*options, layers[number]) for number in numbers]
+        return [Stage(*options, self.layers_of_stages[number]) for number in numbers]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of this process, under their names in the whole model."""
@@ -199,10 +197,10 @@ class Engine:
         if self.mesh.tensor_size > 1:
             lines.append(f"overlap: {self.overlap.reason}")
         if self.pipeline is not None:
-            parallel = self.recipe.parallel
-            sizes = [len(layers) for layers in split_layers(self.recipe.model, parallel.num_stages)]
+            schedule = self.recipe.parallel.pipeline_schedule
+            sizes = [len(layers) for layers in self.layers_of_stages]
             lines.append(
-                f"pipeline: {parallel.pipeline_schedule}, blocks of the stages {sizes}, "
+                f"pipeline: {schedule}, blocks of the stages {sizes}, "
                 f"{self.pipeline.bubble():.1%} of a process's time idle"
             )
         return lines

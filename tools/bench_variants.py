@@ -27,7 +27,7 @@ def _constants(case: str, module: str, **values: int) -> Variant:
 
 VARIANTS: tuple[Variant, ...] = (
     *(
-        _constants("linear_cross_entropy", "cross_entropy", BLOCK=block, NUM_WARPS=warps)
+        _constants("linear_cross_entropy", "softmax", BLOCK=block, NUM_WARPS=warps)
         for block, warps in (
             (4096, 8),
             (8192, 8),

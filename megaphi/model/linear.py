@@ -119,8 +119,3 @@ class LinearWithFp32Gradient(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = fp32_weight_gradient(weight, rows_nm, rows_nk)
         return grad_x, grad_weight, grad_bias
-
-
-def weights_of_blocks(model: nn.Module) -> list[Linear]:
-    """Every linear layer of the blocks, in order."""
-    return [module for module in model.modules() if isinstance(module, Linear)]

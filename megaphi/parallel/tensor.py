@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from kernels import ops
 from kernels.matmul import add_product_
+from kernels.reference import rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,6 @@ class TensorAxis:
         part_nd: Tensor = _SumAndCut.apply(partial_nd, self)  # type: ignore[no-untyped-call]
         return part_nd
 
-    def cut(self, rows_nd: Tensor) -> Tensor:
-        """This process's part of rows that every process has; carries no gradient."""
-        return rows_nd.chunk(self.size)[self.rank] if self.size > 1 else rows_nd
-
     def start_gather(self, part_nd: Tensor) -> Tensor:
         """Begin to collect the rows of all processes, one after the other; `finished` has them."""
         assert self.group is not None
@@ -74,10 +71,6 @@ def finished(started: Tensor) -> Tensor:
     """The result of a collective that was started; on a GPU the stream waits, not the host."""
     result: Tensor = torch.ops._c10d_functional.wait_tensor(started)
     return result
-
-
-ALONE = TensorAxis()
-"""The tensor axis of a model that is not cut."""
 
 
 class _Gather(torch.autograd.Function):
@@ -175,7 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x_nd = torch.empty_like(x_nd)
         grad_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32)
         grad_bias_v = torch.zeros_like(bias_v, dtype=torch.float32)
-        chunk_rows = 512 if x_nd.device.type == "cpu" else 4096
+        chunk_rows = rows_per_chunk(x_nd.device)
         ids_n = labels_n - axis.rank * weight_vd.shape[0]
         buffer_nv = x_nd.new_empty(min(chunk_rows, len(x_nd)), len(weight_vd))
         for start in range(0, len(x_nd), chunk_rows):

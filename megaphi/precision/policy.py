@@ -180,15 +180,23 @@ def _require_bf16(wanted: str, facts: DeviceFacts) -> None:
         )
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations in the forward and backward pass.
+def check_pipeline(policy: Policy, precision: Precision) -> None:
+    """Refuse what does not work where the model is cut into stages of a pipeline.
+
+    A stage runs forward and backward passes of many micro-batches in turn, so nothing encloses a
+    forward pass of the model, as Transformer Engine needs. Delayed scaling numbers the layers of a
+    process and takes maxima over processes, which in a pipeline have different layers.
 
     Raises:
-        ValueError: the device cannot do what was asked for.
+        ValueError: FP8 by Transformer Engine, or with delayed scaling.
     """
-    return resolve(precision, facts_of(device)).compute_dtype
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware."""
-    return facts_of(device).native_bf16
+    if policy.fp8 == "te":
+        raise ValueError(
+            "precision.fp8_backend=te does not work with parallel.pipeline above 1; use "
+            "precision.fp8_backend=native"
+        )
+    if policy.fp8 is not None and precision.fp8_scaling == "delayed":
+        raise ValueError(
+            "precision.fp8_scaling=delayed does not work with parallel.pipeline above 1; use "
+            "precision.fp8_scaling=current"
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernels import cross_entropy, reference
+from kernels import cross_entropy, reference, softmax
 from kernels.cross_entropy import cross_entropy_, linear_cross_entropy
 from kernels.dispatch import interpreting
 from kernels.matmul import HAS_FP32_OUTPUT
@@ -261,9 +261,9 @@ def test_compiles_for(capability: int, gradient: bool, registers: int, loads: in
             "with_gradient": "constexpr",
             "block": "constexpr",
         },
-        {"with_gradient": gradient, "block": cross_entropy.BLOCK},
+        {"with_gradient": gradient, "block": softmax.BLOCK},
         capability=capability,
-        num_warps=cross_entropy.NUM_WARPS,
+        num_warps=softmax.NUM_WARPS,
     )
     assert needs.registers <= registers
     assert needs.spill_bytes == 0

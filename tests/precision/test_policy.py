@@ -2,16 +2,17 @@
 
 import dataclasses
 import importlib.metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megaphi.config import Precision
+from megaphi.config import Data, Parallel, Precision, Recipe, Train
+from megaphi.engine import Engine
 from megaphi.precision.policy import (
     DeviceFacts,
-    compute_dtype,
+    check_pipeline,
     facts_of,
-    has_native_bf16,
     resolve,
     why_not_fp8,
 )
@@ -127,12 +128,49 @@ def test_transformer_engine_is_used_only_where_it_is_asked_for_and_installed() -
     assert resolve(Precision(dtype="fp8-auto", fp8_backend="te"), A100).fp8 is None
 
 
+TE, DELAYED = {"fp8_backend": "te"}, {"fp8_scaling": "delayed"}
+
+
+@pytest.mark.parametrize(
+    ("options", "refused", "instead"),
+    [
+        (TE, "fp8_backend=te", "fp8_backend=native"),
+        ({**TE, **DELAYED}, "fp8_backend=te", "fp8_backend=native"),
+        (DELAYED, "fp8_scaling=delayed", "fp8_scaling=current"),
+    ],
+)
+def test_a_pipeline_is_refused_what_needs_whole_forward_passes(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, str], refused: str, instead: str
+) -> None:
+    facts = dataclasses.replace(H100, transformer_engine="2.9.0")
+    monkeypatch.setattr("megaphi.engine.facts_of", lambda device: facts)
+    recipe = Recipe(
+        train=Train(run_dir="run", steps=1),
+        data=Data(train="tokens"),
+        parallel=Parallel(pipeline=2),
+        precision=Precision(dtype="fp8", **options),
+    )
+    with pytest.raises(ValueError, match="pipeline") as caught:
+        Engine(recipe, SimpleNamespace(data_size=1, device=torch.device("cpu")))
+    assert str(caught.value) == (
+        f"precision.{refused} does not work with parallel.pipeline above 1; use precision.{instead}"
+    )
+
+
+def test_a_pipeline_takes_what_does_not_end_up_in_fp8() -> None:
+    check_pipeline(resolve(Precision(dtype="fp8"), H100), Precision(dtype="fp8"))
+    fallback = Precision(dtype="fp8-auto", **TE, **DELAYED)
+    check_pipeline(resolve(fallback, A100), fallback)
+
+
 def test_facts_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     facts = facts_of(cpu)
     assert facts.capability is None
-    assert facts.native_bf16 == has_native_bf16(cpu)
-    assert compute_dtype(Precision(dtype="fp16"), cpu) == torch.float16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert facts.native_bf16 == has_bf16
+    assert resolve(Precision(dtype="auto"), facts).compute_dtype == (BF16 if has_bf16 else FP32)
+    assert resolve(Precision(dtype="fp16"), facts).compute_dtype == FP16
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{name} 2.9")
     assert facts_of(cpu).transformer_engine == "transformer_engine 2.9"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
