@@ -1,19 +1,21 @@
 """The decontaminate stage: documents that hold problems of a benchmark are taken out.
 
-Two tests, as in phi-1's paper (section 5): a run of `ngram` words that a problem has too, in its
+Tests as in phi-1's paper (section 5): a run of `ngram` words that a problem has too, in its
 statement, solution or tests; and a function whose syntax tree matches a problem's solution at rate
 tau (`ast_match.py`), compared with every problem exactly. Statements of fewer words than `ngram`,
-but at least `SHORT_STATEMENT`, count where they stand in the document as a whole.
+but at least `SHORT_STATEMENT`, count where they stand in the document as a whole. A third test is
+off unless a model is named: the distance of the embeddings of document and problem
+(`embedding_distance.py`).
 
-A document is rejected as `ngram` or, at `drop_at`, as `ast`. A kept record with a match at the
-lowest tau gets `decon`: `{"hits": [{"bench", "task_id", "method", "score"}]}`, so that it can be
-pruned harder later without being compared again. `report.json` and `report.txt`, beside the parts,
-say for each tau how many problems have a near twin among all the documents read, and how many do
-not: the split of the paper's Table 3.
+A document is rejected as `ngram`, as `embedding` or, at `drop_at`, as `ast`. A kept record with a
+match at the lowest tau gets `decon`: `{"hits": [{"bench", "task_id", "method", "score"}]}`, so that
+it can be pruned harder later without being compared again. `report.json` and `report.txt`, beside
+the parts, say for each tau how many problems have a near twin among all the documents read, and how
+many do not: the split of the paper's Table 3.
 """
 
 import functools
-import re
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,23 +23,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.ast_match import match_rates, rapidfuzz
 from data_pipeline.benchmarks import Fields, Problem, load_benchmarks, problems_digest
 from data_pipeline.decontaminate_report import write_reports
 from data_pipeline.disposable import DisposableWorker, WorkerDied
+from data_pipeline.embedding_distance import EmbeddingTable, embedding_spec
 from data_pipeline.engine import Stage, Tally, Work
+from data_pipeline.ngram_table import SHORT_STATEMENT, NgramTable
 from data_pipeline.record_work import PartShard, broken_text, config_of, read_shard, record_work
 from data_pipeline.records import Json, Record, Reject
-from data_pipeline.shingles import BATCH_BYTES, U64, Words, hash_shingles, hash_words
+from data_pipeline.shingles import BATCH_BYTES
 
-VERSION = "1"
+VERSION = "2"
 TAUS = (0.95, 0.9, 0.85, 0.8)
-SHORT_STATEMENT = 8  # words
 MAX_HITS = 20  # kept in a record, the closest ones
-_FILTER_BITS = 20
-_WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")  # as `shingles` divides texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,9 @@ class DecontaminateOptions:
         taus: match rates that are reported.
         drop_at: match rate at which a document is rejected.
         min_nodes: solutions of fewer nodes are too common to say anything, and are left out.
+        embedding_model: `hashed`, or a model directory; None leaves the third test out.
+        embedding_distance: distance at or below which a document is rejected.
+        embedding_tokens: of a text that the model reads.
     """
 
     against: tuple[Path, ...]
@@ -61,6 +64,9 @@ class DecontaminateOptions:
     taus: tuple[float, ...] = TAUS
     drop_at: float = 0.95
     min_nodes: int = 12
+    embedding_model: str | None = None
+    embedding_distance: float | None = None
+    embedding_tokens: int = 1024
 
     def __post_init__(self) -> None:
         if not self.against:
@@ -71,17 +77,25 @@ class DecontaminateOptions:
             raise ValueError(f"--tau {list(self.taus)}: match rates must be from 0.5 to 1")
         if self.drop_at < min(self.taus):
             raise ValueError(f"--drop-at {self.drop_at:g}: is below the lowest --tau")
-        if not self.ngram and not self.ast:
+        if not self.ngram and not self.ast and self.embedding_model is None:
             raise ValueError("--ngram 0 --no-ast: nothing is left to compare")
+        if (self.embedding_model is None) != (self.embedding_distance is None):
+            raise ValueError("--embedding-model and --embedding-distance belong together")
+        if self.embedding_distance is not None and not 0 <= self.embedding_distance <= 2:
+            raise ValueError(
+                f"--embedding-distance {self.embedding_distance:g}: normalised embeddings are 0 to "
+                "2 apart"
+            )
 
 
 @dataclass(frozen=True)
 class ComparedShard:
-    """A part of the records and the problems that it is compared with."""
+    """A part of the records, and what it is compared with."""
 
     part: PartShard
     against: tuple[Path, ...]
     fields: Fields
+    embedding: str  # what `embedding_spec` says, as JSON; "" without this test
 
 
 def plan_decontaminate(
@@ -98,6 +112,15 @@ def plan_decontaminate(
     config = config_of(options)
     del config["against"], config["fields"]
     config["problems"] = problems_digest(problems)
+    for name in ("embedding_model", "embedding_tokens"):
+        del config[name]
+    embedding = ""
+    if options.embedding_model is None:
+        del config["embedding_distance"]
+    else:
+        spec = embedding_spec(options.embedding_model, options.embedding_tokens)
+        embedding = json.dumps(spec)
+        config["embedding"] = {key: value for key, value in spec.items() if key != "path"}
     if options.ast:
         rapidfuzz()
     stage = Stage(
@@ -106,77 +129,10 @@ def plan_decontaminate(
     work = record_work(
         records, lambda directory, notes: write_reports(directory, notes, problems, config)
     )
-    shards = [ComparedShard(part, options.against, options.fields) for part in work.shards]
+    shards = [
+        ComparedShard(part, options.against, options.fields, embedding) for part in work.shards
+    ]
     return stage, replace(work, shards=shards)
-
-
-class NgramTable:
-    """Runs of words of the problems, by their hashes.
-
-    Args:
-        problems: the benchmark.
-        size: words of a run.
-    """
-
-    def __init__(self, problems: Sequence[Problem], size: int) -> None:
-        self._owners: dict[int, dict[int, set[int]]] = {}  # words -> hash -> problems
-        self.totals = np.zeros(len(problems), np.int64)  # runs of each problem
-        for number, problem in enumerate(problems):
-            for text in (*problem.prose, *problem.code):
-                words = hash_words([text.encode("utf-8", "replace")], marks=False, lower=True)
-                count = len(words.hashes)
-                own = size if count >= size else count
-                if own == size or (text in problem.prose and count >= SHORT_STATEMENT):
-                    owners = self._owners.setdefault(own, {})
-                    hashes = hash_shingles(words, own)[0]
-                    for value in hashes[_mostly_words(text, own)].tolist():
-                        owners.setdefault(value, set()).add(number)
-        for owners in self._owners.values():
-            for numbers in owners.values():
-                for number in numbers:
-                    self.totals[number] += 1
-        self._sorted = {
-            n: np.sort(np.array(list(owners), np.uint64))
-            for n, owners in self._owners.items()
-            if owners
-        }
-        # Nearly every run of a document is ruled out by a look at one byte of this filter.
-        self._filters = {n: _bit_filter(hashes) for n, hashes in self._sorted.items()}
-
-    def hits(self, texts: Sequence[str]) -> list[Counter[int]]:
-        """For each text the number of distinct runs that it shares with each problem."""
-        words = hash_words([t.encode("utf-8", "replace") for t in texts], marks=False, lower=True)
-        counters: list[Counter[int]] = [Counter() for _ in texts]
-        for size, known in self._sorted.items():
-            for document, value in self._shared(words, size, known):
-                counters[document].update(self._owners[size][value])
-        return counters
-
-    def _shared(self, words: Words, size: int, known: U64) -> Iterator[tuple[int, int]]:
-        """Distinct (document, hash) of the runs that are in the table."""
-        hashes, documents = hash_shingles(words, size)
-        maybe = np.flatnonzero(self._filters[size][_low_bits(hashes)])
-        hashes, documents = hashes[maybe], documents[maybe]
-        places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-        equal = known[places] == hashes
-        yield from sorted(set(zip(documents[equal].tolist(), hashes[equal].tolist(), strict=True)))
-
-
-def _mostly_words(text: str, size: int) -> NDArray[np.bool_]:
-    """[s] whether at least half of a run's words have a letter: runs of numbers are no evidence."""
-    words = _WORD.findall(text.encode("utf-8", "replace"))
-    letters = np.array([not word.isdigit() for word in words], np.int64)
-    return np.convolve(letters, np.ones(size, np.int64), "valid") * 2 >= size
-
-
-def _low_bits(hashes: U64) -> NDArray[np.int64]:
-    return (hashes & np.uint64((1 << _FILTER_BITS) - 1)).astype(np.int64)
-
-
-def _bit_filter(hashes: U64) -> NDArray[np.bool_]:
-    table = np.zeros(1 << _FILTER_BITS, np.bool_)
-    table[_low_bits(hashes)] = True
-    return table
 
 
 @dataclass
@@ -196,14 +152,20 @@ class _Comparison:
         problems: the benchmark.
         config: the stage's configuration.
         worker: parses the documents.
+        embeddings: of the problems; None without that test.
     """
 
     def __init__(
-        self, problems: Sequence[Problem], config: dict[str, Any], worker: DisposableWorker
+        self,
+        problems: Sequence[Problem],
+        config: dict[str, Any],
+        worker: DisposableWorker,
+        embeddings: EmbeddingTable | None,
     ) -> None:
         self._problems = problems
         self._config = config
         self._worker = worker
+        self._embeddings = embeddings
         self._ngrams = _ngram_table(problems, config["ngram"]) if config["ngram"] else None
         self._lowest = min(config["taus"])
         solved = [
@@ -216,10 +178,13 @@ class _Comparison:
         self.counts = _ShardCounts()
         self.best: dict[int, tuple[float, str]] = {}
         self.ngram_documents: Counter[int] = Counter()
+        self.embedding_documents: Counter[int] = Counter()
+        self.closest: dict[int, tuple[float, str]] = {}
         self.ast_documents: Counter[tuple[str, float]] = Counter()
 
     def hits(self, records: Sequence[Record]) -> list[list[dict[str, Json]]]:
-        """The hits of each record, the closest first; n-grams before trees."""
+        """The hits of each record, the closest first; n-grams, embeddings, then trees."""
+        near = self._embedding_hits(records)
         rates = self._tree_hits(records)
         shared = self._ngrams.hits([r["text"] for r in records]) if self._ngrams else None
         result = []
@@ -231,6 +196,8 @@ class _Comparison:
                 for number, count in sorted(shared[i].items()):
                     score = count / float(self._ngrams.totals[number])
                     hits.append(self._hit(number, "ngram", score))
+            for number, distance in near[i].items():
+                hits.append(self._hit(number, "embedding", distance))
             for number, rate in rates[i].items():
                 if rate > self.best.get(number, (0.0, ""))[0]:
                     self.best[number] = (rate, record["id"])
@@ -244,7 +211,7 @@ class _Comparison:
                 }
             )
             self.counts.documents += 1
-            hits.sort(key=lambda hit: (hit["method"] == "ast", -hit["score"]))
+            hits.sort(key=_rank)
             result.append(hits)
         return result
 
@@ -256,6 +223,20 @@ class _Comparison:
             "method": method,
             "score": round(score, 3),
         }
+
+    def _embedding_hits(self, records: Sequence[Record]) -> list[dict[int, float]]:
+        """For each record, the distance of each problem that is near it."""
+        if self._embeddings is None:
+            return [{} for _ in records]
+        near = self._embeddings.near(
+            [record["text"] for record in records], self._config["embedding_distance"]
+        )
+        for record, found in zip(records, near, strict=True):
+            self.embedding_documents.update(found.keys())
+            for number, distance in found.items():
+                if distance < self.closest.get(number, (np.inf, ""))[0]:
+                    self.closest[number] = (distance, record["id"])
+        return near
 
     def _tree_hits(self, records: Sequence[Record]) -> list[dict[int, float]]:
         """For each record, the match rate of each problem that it matches at the lowest tau."""
@@ -295,8 +276,17 @@ class _Comparison:
             **vars(self.counts),
             "best": [[number, *found] for number, found in sorted(self.best.items())],
             "ngram_documents": sorted(self.ngram_documents.items()),
+            "embedding_documents": sorted(self.embedding_documents.items()),
+            "closest": [[number, *found] for number, found in sorted(self.closest.items())],
             "ast_documents": [[*key, count] for key, count in sorted(self.ast_documents.items())],
         }
+
+
+def _rank(hit: dict[str, Json]) -> tuple[int, float]:
+    """The order of hits: by method, then the closest first."""
+    methods = ("ngram", "embedding", "ast")
+    sign = 1 if hit["method"] == "embedding" else -1  # a distance, the others are rates
+    return methods.index(hit["method"]), sign * hit["score"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -317,13 +307,19 @@ def _ngram_table(problems: tuple[Problem, ...], size: int) -> NgramTable:
     return NgramTable(problems, size)
 
 
+@functools.lru_cache(maxsize=1)
+def _embedding_table(problems: tuple[Problem, ...], spec: str) -> EmbeddingTable:
+    return EmbeddingTable(problems, json.loads(spec))
+
+
 def decontaminate_shard(
     shard: ComparedShard, config: dict[str, Any], tally: Tally
 ) -> Iterator[Record | Reject]:
     """The stage function: yield each document that holds no problem, reject the others."""
     problems = _worker_problems(shard.against, shard.fields, config["problems"])
     with DisposableWorker("data_pipeline.ast_match:function_strings") as worker:
-        comparison = _Comparison(problems, config, worker)
+        embeddings = _embedding_table(problems, shard.embedding) if shard.embedding else None
+        comparison = _Comparison(problems, config, worker, embeddings)
         for batch in _batches(shard.part, tally):
             fit = [record for _, record, broken in batch if broken is None]
             hits = iter(comparison.hits(fit))
@@ -349,10 +345,12 @@ def _outcome(
     where: str, record: Record, hits: list[dict[str, Json]], config: dict[str, Any]
 ) -> Record | Reject:
     for hit in hits:
-        if hit["method"] == "ngram" or hit["score"] >= config["drop_at"]:
+        if hit["method"] != "ast" or hit["score"] >= config["drop_at"]:
             what = f"{hit['bench']} {hit['task_id']}"
             if hit["method"] == "ngram":
                 detail = f"shares {hit['score']:.0%} of the word runs of {what}"
+            elif hit["method"] == "embedding":
+                detail = f"its embedding is {hit['score']:.3f} from that of {what}"
             else:
                 detail = f"a function matches {what} at {hit['score']:.3f}"
             return Reject(record["id"], str(hit["method"]), detail, where)

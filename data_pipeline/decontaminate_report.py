@@ -36,12 +36,18 @@ def build_report(
     """The report over all shards: counts, and for each benchmark the split at each tau."""
     best: dict[int, list[Any]] = {}
     shared: Counter[int] = Counter()
+    near: Counter[int] = Counter()
+    closest: dict[int, list[Any]] = {}
     over: Counter[tuple[str, float]] = Counter()
     for note in notes:
         for number, rate, record in note["best"]:
             if rate > best.get(number, [0.0])[0]:
                 best[number] = [rate, record]
         shared.update(dict(note["ngram_documents"]))
+        near.update(dict(note["embedding_documents"]))
+        for number, distance, record in note["closest"]:
+            if number not in closest or distance < closest[number][0]:
+                closest[number] = [distance, record]
         for name, tau, count in note["ast_documents"]:
             over[name, tau] += count
     taus = sorted(config["taus"], reverse=True)
@@ -50,6 +56,7 @@ def build_report(
         for name in ("documents", "not_parsed", "functions", "pairs")
     }
     report["ngram"], report["drop_at"] = config["ngram"], config["drop_at"]
+    report["embedding_distance"] = config.get("embedding_distance")
     benchmarks: dict[str, Json] = {}
     for name in dict.fromkeys(problem.benchmark for problem in problems):
         mine = [i for i, problem in enumerate(problems) if problem.benchmark == name]
@@ -58,6 +65,16 @@ def build_report(
             "problems": len(mine),
             "not_compared": [problems[i].task_id for i in too_small] if config["ast"] else None,
             "ngram": [problems[i].task_id for i in mine if shared[i]],
+            "embedding": [
+                {
+                    "task_id": problems[i].task_id,
+                    "documents": near[i],
+                    "distance": closest[i][0],
+                    "record": closest[i][1],
+                }
+                for i in mine
+                if i in closest
+            ],
             "split": [
                 _split(tau, mine, best, problems) | {"documents_with_twin": over[name, tau]}
                 for tau in taus
@@ -96,6 +113,11 @@ def report_text(report: dict[str, Json]) -> str:
         lines += ["", f"{name}: {found['problems']} problems"]
         if report["ngram"]:
             lines.append(f"  share {report['ngram']} words with a document: {len(found['ngram'])}")
+        if report["embedding_distance"] is not None:
+            lines.append(
+                f"  within {report['embedding_distance']:g} of a document's embedding: "
+                f"{len(found['embedding'])}"
+            )
         if found["not_compared"]:
             lines.append(f"  too small for the AST match: {len(found['not_compared'])}")
         if found["split"]:

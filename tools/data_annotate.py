@@ -9,10 +9,12 @@ from tools.data_llm import (
     add_common,
     add_server,
     consent,
+    llm_result,
     need_llm,
     open_ledger,
     read_sending,
     read_servers,
+    stage_options,
     unanswered,
 )
 
@@ -65,7 +67,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         RunError: see `data_pipeline.llm.annotate.annotate`.
     """
     need_llm()
-    from data_pipeline.engine import Options
     from data_pipeline.llm.annotate import Annotation, Judging, annotate
     from data_pipeline.llm.prices import dollars
     from data_pipeline.llm.prompts import QUESTION
@@ -84,37 +85,18 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         batch=arguments.batch_documents,
         min_canaries=arguments.min_canaries,
     )
-    options = Options(
-        max_reject=arguments.max_reject,
-        overwrite=arguments.overwrite,
-        libraries=("openai", "httpx2", "numpy"),
-    )
+    options = stage_options(arguments)
     with guarded(redact):
         annotation = Annotation(arguments.records, judging)
-        ledger = open_ledger(arguments)
-        try:
+        with open_ledger(arguments, servers) as ledger:
             said = consent(arguments, annotation.estimate(servers, ledger), ledger)
             if said is not None:
                 return said
             made = annotate(annotation, arguments.out, servers, sending, ledger, redact, options)
             spent, path = ledger.spent, ledger.path
-        finally:
-            ledger.close()
     manifest, report = made.manifest, made.report
-    result = {
-        "verb": "annotate",
-        "out": str(arguments.out),
-        "ledger": str(path),
-        "reused": made.reused,
-        "records_in": manifest.records_in,
-        "records_out": manifest.records_out,
-        "rejected": manifest.rejected,
-        "records_sha256": manifest.records_sha256,
-        "dollars": spent / 1e9,
-        "annotators": report["annotators"],
-        "agreement": report["agreement"],
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    result = llm_result(arguments, "annotate", manifest, made.reused, spent, path, started)
+    result |= {"annotators": report["annotators"], "agreement": report["agreement"]}
     canaries = ", ".join(
         f"{each['model']} {each['canaries_right']:.0%} of {each['canaries']} canaries right"
         for each in report["annotators"]

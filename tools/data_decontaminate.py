@@ -53,6 +53,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--min-nodes", type=int, default=12, metavar="N", help="smallest solution compared"
     )
+    parser.add_argument(
+        "--embedding-model",
+        metavar="hashed|DIR",
+        help="compare embeddings too: of a run, checkpoint or Hugging Face directory",
+    )
+    parser.add_argument(
+        "--embedding-distance",
+        type=float,
+        metavar="T",
+        help="distance of normalised embeddings, 0 to 2, up to which a document is rejected",
+    )
+    parser.add_argument(
+        "--embedding-tokens", type=int, default=1024, metavar="N", help="of a text that are read"
+    )
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -77,6 +91,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         taus=tuple(arguments.tau),
         drop_at=arguments.drop_at,
         min_nodes=arguments.min_nodes,
+        embedding_model=arguments.embedding_model,
+        embedding_distance=arguments.embedding_distance,
+        embedding_tokens=arguments.embedding_tokens,
     )
     stage, work = plan_decontaminate(arguments.records, options)
     with stage_options(arguments, "decontaminate", ("rapidfuzz",)) as engine_options:

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools import data_execute
 from tools.data_llm import (
     add_common,
     add_server,
     consent,
+    llm_result,
     need_llm,
     open_ledger,
     read_sending,
     read_servers,
+    stage_options,
     unanswered,
 )
 
@@ -22,8 +25,9 @@ if TYPE_CHECKING:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add the two verbs."""
+    """Add the verbs of generation, and of running what was generated."""
     _add_plan(verbs)
+    data_execute.add_parser(verbs)
     text = "a plan -> records: textbook sections and exercises written by a language model"
     parser: argparse.ArgumentParser = verbs.add_parser(
         "generate",
@@ -117,7 +121,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         RunError: see `data_pipeline.llm.generate.generate`.
     """
     need_llm()
-    from data_pipeline.engine import Options
     from data_pipeline.llm.generate import estimate, generate
     from data_pipeline.llm.prices import dollars
     from data_pipeline.llm.secrets import Redactor, guarded
@@ -128,49 +131,29 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     (server,) = read_servers(arguments)
     sending, writing = read_sending(arguments), _writing(arguments)
     redact = Redactor([server.key] if server.key is not None else [])
-    options = Options(
-        max_reject=arguments.max_reject,
-        overwrite=arguments.overwrite,
-        libraries=("openai", "httpx2", "numpy"),
-    )
-    with guarded(redact):
-        ledger = open_ledger(arguments)
-        try:
-            count = _counter(arguments.tokenizer)
-            found = estimate(arguments.plan, writing, server.price, ledger.__contains__, count)
-            said = consent(arguments, found, ledger)
-            if said is not None:
-                return said
-            made = generate(
-                arguments.plan,
-                arguments.out,
-                writing,
-                server,
-                sending,
-                ledger,
-                redact,
-                options,
-                samples=found.samples,
-                partial=arguments.partial,
-            )
-            spent, path = ledger.spent, ledger.path
-        finally:
-            ledger.close()
+    options = stage_options(arguments)
+    with guarded(redact), open_ledger(arguments, [server]) as ledger:
+        count = _counter(arguments.tokenizer)
+        found = estimate(arguments.plan, writing, server.price, ledger.__contains__, count)
+        said = consent(arguments, found, ledger)
+        if said is not None:
+            return said
+        made = generate(
+            arguments.plan,
+            arguments.out,
+            writing,
+            server,
+            sending,
+            ledger,
+            redact,
+            options,
+            samples=found.samples,
+            partial=arguments.partial,
+        )
+        spent, path = ledger.spent, ledger.path
     manifest = made.manifest
-    result = {
-        "verb": "generate",
-        "out": str(arguments.out),
-        "ledger": str(path),
-        "reused": made.reused,
-        "records_in": manifest.records_in,
-        "records_out": manifest.records_out,
-        "rejected": manifest.rejected,
-        "records_sha256": manifest.records_sha256,
-        "dollars": spent / 1e9,
-        "stopped": made.report["stopped"],
-        "growth_curve": made.report["growth_curve"],
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    result = llm_result(arguments, "generate", manifest, made.reused, spent, path, started)
+    result |= {"stopped": made.report["stopped"], "growth_curve": made.report["growth_curve"]}
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.rejected.items())
     stopped = f" | stopped: {made.report['stopped']}" if made.report["stopped"] else ""
     line = (

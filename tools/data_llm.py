@@ -2,15 +2,20 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_pipeline.engine import Options
+    from data_pipeline.llm.batch_run import Batching
     from data_pipeline.llm.generate import Estimate
     from data_pipeline.llm.ledger import Ledger
     from data_pipeline.llm.prices import Price
     from data_pipeline.llm.session import Sending, Server
+    from data_pipeline.output import Manifest
 
 OPENAI_VARIABLE, OTHER_VARIABLE = "OPENAI_API_KEY", "MEGAPHI_API_KEY"
 
@@ -51,7 +56,10 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     money.add_argument("--price-in", type=float, metavar="USD", help="a million prompt tokens")
     money.add_argument("--price-out", type=float, metavar="USD", help="a million completion tokens")
     money.add_argument(
-        "--prices", type=Path, metavar="FILE", help="YAML: MODEL: {input: USD, output: USD}"
+        "--prices",
+        type=Path,
+        metavar="FILE",
+        help="YAML: MODEL: {input: USD, output: USD, batch: FACTOR}; the factor is the Batch API's",
     )
     money.add_argument(
         "--max-cost", type=float, metavar="USD", help="hard cap on all that the ledger records"
@@ -79,6 +87,41 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         metavar="S",
         help="longest wait before asking again, whatever the server says",
+    )
+    _add_batch(parser)
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    """Options of the Batch API."""
+    group = parser.add_argument_group("Batch API")
+    group.add_argument(
+        "--backend",
+        choices=("live", "batch"),
+        default="live",
+        help="live: one request at a time, answered at once; batch: files of requests, answered "
+        "within a day for less",
+    )
+    group.add_argument(
+        "--poll-interval", type=float, default=60.0, metavar="S", help="seconds between two looks"
+    )
+    group.add_argument("--batches", type=int, default=4, metavar="N", help="batches at a time")
+    group.add_argument(
+        "--batch-requests", type=int, default=50_000, metavar="N", help="requests of a batch"
+    )
+    group.add_argument(
+        "--batch-rounds", type=int, default=4, metavar="N", help="batches that a request may see"
+    )
+    group.add_argument(
+        "--batch-settle",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds after which a batch is in the server's list for certain",
+    )
+    group.add_argument(
+        "--abandon-batches",
+        action="store_true",
+        help="give up what the ledger's batches have under way, and count it as paid",
     )
 
 
@@ -124,9 +167,10 @@ def read_servers(arguments: argparse.Namespace) -> "list[Server]":
                 f"no API key for {base.host}: set {variable}, or pass --api-key-env or "
                 "--api-key-file"
             )
-        servers.append(
-            Server(base=base, model=model, key=key, price=_price(arguments, model, base.loopback))
-        )
+        price = _price(arguments, model, base.loopback)
+        if arguments.backend == "batch":
+            price = price.in_batches()
+        servers.append(Server(base=base, model=model, key=key, price=price))
     return servers
 
 
@@ -166,15 +210,44 @@ def read_sending(arguments: argparse.Namespace) -> "Sending":
         in_flight=arguments.in_flight,
         deadline=arguments.deadline,
         policy=Policy(attempts=arguments.attempts, max_wait=arguments.max_wait),
+        batching=_read_batching(arguments) if arguments.backend == "batch" else None,
     )
 
 
-def open_ledger(arguments: argparse.Namespace) -> "Ledger":
-    """The ledger of the command line, with the cost cap.
+def _read_batching(arguments: argparse.Namespace) -> "Batching":
+    from data_pipeline.llm.batch_run import Batching
+
+    return Batching(
+        max_requests=arguments.batch_requests,
+        batches=arguments.batches,
+        rounds=arguments.batch_rounds,
+        poll=arguments.poll_interval,
+        settle=arguments.batch_settle,
+    )
+
+
+def stage_options(arguments: argparse.Namespace) -> "Options":
+    """How the stage is run, as the command line says.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    from data_pipeline.engine import Options
+
+    return Options(
+        max_reject=arguments.max_reject,
+        overwrite=arguments.overwrite,
+        libraries=("openai", "httpx2", "numpy"),
+    )
+
+
+@contextmanager
+def open_ledger(arguments: argparse.Namespace, servers: "list[Server]") -> "Iterator[Ledger]":
+    """The ledger of the command line, with the cost cap; closed at the end.
 
     Raises:
         ValueError: the cap is not a sum of money.
-        RunError: the ledger is in use or damaged.
+        RunError: the ledger is in use or damaged, or holds batches that this run would not collect.
     """
     from data_pipeline.llm.ledger import Ledger
 
@@ -183,7 +256,70 @@ def open_ledger(arguments: argparse.Namespace) -> "Ledger":
         raise ValueError(f"--max-cost {cap}: must be a sum in dollars, 0 or more")
     out: Path = arguments.out
     path = arguments.ledger or out.with_name(out.name + ".ledger.jsonl")
-    return Ledger(path, None if cap is None else int(cap * 1e9))
+    ledger = Ledger(path, None if cap is None else int(cap * 1e9))
+    try:
+        if arguments.abandon_batches:
+            count = ledger.abandon_batches()
+            print(f"{path}: {count} requests in batches are given up", file=sys.stderr)
+        _check_batches(arguments, servers, ledger)
+        yield ledger
+    finally:
+        ledger.close()
+
+
+def _check_batches(
+    arguments: argparse.Namespace, servers: "list[Server]", ledger: "Ledger"
+) -> None:
+    """Check that batches under way belong to this run: else they would be paid and not used.
+
+    Raises:
+        RunError: one does not.
+    """
+    from megaphi.errors import RunError
+
+    mine = {(server.base.url, server.model) for server in servers}
+    for batch in ledger.batches.values():
+        if arguments.backend == "batch" and (batch.server, batch.model) in mine:
+            continue
+        raise RunError(
+            f"{ledger.path}: a batch of {len(batch.members)} requests to {batch.model} at "
+            f"{batch.server} is under way; collect it with --backend batch and that --model and "
+            "--base-url, or give it up with --abandon-batches"
+        )
+
+
+def llm_result(
+    arguments: argparse.Namespace,
+    verb: str,
+    manifest: "Manifest",
+    reused: bool,
+    spent: int,
+    ledger: Path,
+    started: float,
+) -> dict[str, Any]:
+    """What the JSON results of both verbs have in common.
+
+    Args:
+        arguments: of the verb.
+        verb: its name.
+        manifest: of the output.
+        reused: it was there already.
+        spent: all that the ledger records, in 1e-9 dollars.
+        ledger: its file.
+        started: `time.monotonic()` at the start.
+    """
+    return {
+        "verb": verb,
+        "out": str(arguments.out),
+        "ledger": str(ledger),
+        "reused": reused,
+        "records_in": manifest.records_in,
+        "records_out": manifest.records_out,
+        "rejected": manifest.rejected,
+        "records_sha256": manifest.records_sha256,
+        "dollars": spent / 1e9,
+        "seconds": round(time.monotonic() - started, 3),
+    }
 
 
 def consent(

@@ -17,7 +17,7 @@ from data_pipeline.engine import Options, Stage, Tally, Work, run_stage
 from data_pipeline.llm.annotation_report import Annotator, annotation_report
 from data_pipeline.llm.ask import Failure, Outcome, Traffic
 from data_pipeline.llm.canaries import GOOD_FROM, Canary, canaries
-from data_pipeline.llm.client import Request
+from data_pipeline.llm.completion import Request
 from data_pipeline.llm.generate import REPORT_NAME, Estimate, finished_output
 from data_pipeline.llm.ledger import Ledger
 from data_pipeline.llm.prompts import QUESTION, judge_request, read_score

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from data_pipeline.llm.client import CallError, Client, Request
+from data_pipeline.llm.client import Client
+from data_pipeline.llm.completion import Request
+from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Answer, CostCapReached, Ledger
 from data_pipeline.llm.limiter import Limiter
 from megaphi.errors import RunError
@@ -61,6 +63,7 @@ class Traffic:
         reused: answers found in the ledger.
         failures: requests sent and not answered, by reason.
         completion_tokens: of the answers received.
+        batch: batches by how they ended, and rows of them that were not used.
     """
 
     started: float = field(default_factory=time.monotonic)
@@ -69,6 +72,7 @@ class Traffic:
     reused: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     completion_tokens: int = 0
+    batch: Counter[str] = field(default_factory=Counter)
 
     @property
     def seconds(self) -> float:

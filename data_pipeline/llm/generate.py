@@ -16,7 +16,7 @@ from data_pipeline.engine import Options, Stage, Tally, Work, run_stage
 from data_pipeline.jsonl import file_sha256
 from data_pipeline.llm.ask import Failure, Outcome
 from data_pipeline.llm.check import check_exercise, check_textbook
-from data_pipeline.llm.client import Request
+from data_pipeline.llm.completion import Request
 from data_pipeline.llm.ledger import Ledger
 from data_pipeline.llm.near_duplicates import NearDuplicateGate
 from data_pipeline.llm.plan import Entry, read_plan
@@ -24,7 +24,14 @@ from data_pipeline.llm.prices import Price
 from data_pipeline.llm.prompts import DEFAULT_PROMPTS, write_request
 from data_pipeline.llm.secrets import Redactor
 from data_pipeline.llm.session import Progress, Sending, Server, ask_server, traffic_report
-from data_pipeline.output import MANIFEST_NAME, Manifest, read_manifest, stage_key, write_json
+from data_pipeline.output import (
+    MANIFEST_NAME,
+    Manifest,
+    OtherOutput,
+    read_manifest,
+    stage_key,
+    write_json,
+)
 from data_pipeline.records import Json, Record, Reject, digest
 from data_pipeline.text import DocumentError
 from megaphi.errors import RunError
@@ -342,7 +349,7 @@ def finished_output(
         return None
     manifest = read_manifest(out)
     if manifest.key != stage_key(stage.name, stage.version, stage.config, None, inputs):
-        raise ValueError(
+        raise OtherOutput(
             f"{out}: holds the output of other inputs or options, or a partial one; "
             "choose another --out, or pass --overwrite to replace it"
         )

@@ -6,10 +6,12 @@ One JSON object a line, flushed to the disk (fsync) before anything is built on 
     {"kind": "answer", "request": KEY, "nano": N, …} the answer; replaces the reservation
     {"kind": "free", "request": KEY, "reason": …}    the server refused: nothing was billed
     {"kind": "lost", "request": KEY, "nano": N, …}   no answer came, but it may have been billed
+    {"kind": "batch", "request": TAG, "step": …}     see `batch_journal.py`
 
 KEY is the SHA-256 of model, prompt and parameters, so that a prompt is paid and stored once,
 whatever run asks for it. A reservation is the most that a request can cost. One that a killed run
-left open counts as spent, so that the cap holds across kills. The last line, half-written when the
+left open counts as spent, so that the cap holds across kills; those of a batch stay reserved until
+the batch is closed, by whatever run. The last line, half-written when the
 process was killed, is cut off.
 """
 
@@ -17,11 +19,14 @@ import asyncio
 import fcntl
 import json
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
+from data_pipeline.llm.batch_journal import Member, OpenBatch, apply_batch_line
 from data_pipeline.llm.prices import dollars
 from megaphi.errors import RunError
 
@@ -66,6 +71,7 @@ class Ledger:
         lost: number of requests whose answer never came.
         prompt_tokens: sum over the answers.
         completion_tokens: likewise.
+        batches: those that are not closed, by tag.
 
     Raises:
         RunError: another process has it open, or a line is damaged.
@@ -78,6 +84,7 @@ class Ledger:
         self.prompt_tokens = self.completion_tokens = 0
         self._places: dict[str, tuple[int, int]] = {}  # answer lines by request: offset, length
         self._open: dict[str, int] = {}  # reservations by request
+        self.batches: dict[str, OpenBatch] = {}
         self._buffer = b""
         self._appended = self._synced = 0
         self._flushing = asyncio.Lock()
@@ -93,11 +100,13 @@ class Ledger:
         except BaseException:
             os.close(self._file)
             raise
-        for request, nano in self._open.items():
-            self._append("lost", request, nano=nano, reason="killed")
-            self.spent += nano
-            self.lost += 1
-        self._open.clear()
+        for batch in list(self.batches.values()):
+            if batch.step == "planned":  # nothing of it was started
+                self._append_batch(batch.tag, "closed")
+        kept = {key for batch in self.batches.values() for key in batch.members}
+        self.reserved = sum(self._open.values())
+        for request in [request for request in self._open if request not in kept]:
+            self.lose_later(request, "killed")
         self._flush_now()
 
     def __len__(self) -> int:
@@ -132,6 +141,9 @@ class Ledger:
 
     def _apply(self, entry: dict[str, Any], offset: int, length: int) -> None:
         kind, request = entry["kind"], entry["request"]
+        if kind == "batch":
+            self._apply_batch(entry)
+            return
         reserved = self._open.pop(request, 0)
         if kind == "reserve":
             # The process that made an older reservation of the same request was killed twice over.
@@ -145,6 +157,14 @@ class Ledger:
             self.lost += 1
         elif kind != "free":
             raise ValueError(f"unknown kind {kind!r}")
+
+    def _apply_batch(self, entry: dict[str, Any]) -> None:
+        batch = apply_batch_line(self.batches, entry)
+        for key, member in batch.members.items():
+            if entry["step"] == "planned":
+                self._open[key] = member.nano
+            elif entry["step"] == "closed":
+                self._open.pop(key, None)
 
     def _count(self, answer: Answer) -> None:
         self.spent += answer.nano
@@ -175,19 +195,66 @@ class Ledger:
         Raises:
             CostCapReached: the cap leaves too little, and nothing is under way.
         """
-        while self._max is not None and self.spent + self.reserved + nano > self._max:
+        while not self.has_room(nano):
             if not self._open:
-                raise CostCapReached(
-                    f"{dollars(self.spent)} are spent, and the next request may cost "
-                    f"{dollars(nano)}: the cap is {dollars(self._max)}"
-                )
+                raise self.cap_reached(nano)
             self._settled.clear()
             await self._settled.wait()
         self._open[request] = nano
         self.reserved += nano
         if nano:
             self._append("reserve", request, nano=nano)
-            await self._sync()
+            await self.flush()
+
+    def has_room(self, nano: int) -> bool:
+        """Whether the cap leaves so much."""
+        return self._max is None or self.spent + self.reserved + nano <= self._max
+
+    def cap_reached(self, nano: int) -> CostCapReached:
+        """What to raise where it does not."""
+        assert self._max is not None
+        return CostCapReached(
+            f"{dollars(self.spent)} are spent, and the next request may cost {dollars(nano)}: "
+            f"the cap is {dollars(self._max)}"
+        )
+
+    async def plan_batch(
+        self, tag: str, server: str, model: str, members: Mapping[str, Member]
+    ) -> None:
+        """Reserve all requests of a batch, which fit, before anything of it is sent."""
+        assert not any(key in self._open or key in self._places for key in members)
+        values = {key: [m.nano, m.prompt, m.completion] for key, m in members.items()}
+        self.reserved += sum(member.nano for member in members.values())
+        await self.note_batch(tag, "planned", server=server, model=model, members=values)
+
+    async def note_batch(self, tag: str, step: str, **fields: object) -> None:
+        """Journal a step of a batch; the last one frees what is still open of it."""
+        if step == "closed":
+            for key in self.batches[tag].members:
+                if key in self._open:
+                    self._settle(key)
+        self._append_batch(tag, step, **fields)
+        await self.flush()
+
+    def is_open(self, request: str) -> bool:
+        """Whether a request is reserved and has no outcome yet."""
+        return request in self._open
+
+    def abandon_batches(self) -> int:
+        """Count the open requests of all batches as lost; returns how many there were."""
+        count = 0
+        for tag, batch in list(self.batches.items()):
+            for key in filter(self.is_open, batch.members):
+                self.lose_later(key, "abandoned")
+                count += 1
+            self._append_batch(tag, "closed")
+        self._flush_now()
+        return count
+
+    def _append_batch(self, tag: str, step: str, **fields: object) -> None:
+        fields = {"step": step, "time": time.time(), **fields}
+        self._append("batch", tag, **fields)
+        self._apply_batch({"request": tag, **fields})
 
     def _settle(self, request: str) -> int:
         nano = self._open.pop(request)
@@ -197,27 +264,41 @@ class Ledger:
 
     async def store(self, request: str, answer: Answer) -> None:
         """Record the answer of a reserved request."""
+        place = self._put_answer(request, answer)
+        await self.flush()
+        self._places[request] = place
+
+    async def store_many(self, answers: Mapping[str, Answer]) -> None:
+        """The same of several, with one wait for the disk."""
+        places = {key: self._put_answer(key, answer) for key, answer in answers.items()}
+        await self.flush()
+        self._places.update(places)
+
+    def _put_answer(self, request: str, answer: Answer) -> tuple[int, int]:
         assert request not in self._places, "an answer is stored once"
         self._settle(request)
         self._count(answer)
-        place = self._append("answer", request, nano=answer.nano, answer=asdict(answer))
-        await self._sync()
-        self._places[request] = place
+        return self._append("answer", request, nano=answer.nano, answer=asdict(answer))
 
     async def free(self, request: str, reason: str) -> None:
         """Record that a reserved request was refused and not billed."""
         if self._settle(request):
             self._append("free", request, reason=reason)
-            await self._sync()
+            await self.flush()
 
     async def lose(self, request: str, reason: str) -> None:
         """Record that no answer came to a reserved request, which may have been billed."""
+        self.lose_later(request, reason)
+        if self._buffer:
+            await self.flush()
+
+    def lose_later(self, request: str, reason: str) -> None:
+        """The same; `flush` waits for the disk."""
         nano = self._settle(request)
         self.spent += nano
         self.lost += 1
         if nano:
             self._append("lost", request, nano=nano, reason=reason)
-            await self._sync()
 
     def _append(self, kind: str, request: str, **fields: object) -> tuple[int, int]:
         """Put a line in the buffer; returns where it will be in the file."""
@@ -228,7 +309,7 @@ class Ledger:
         self._appended += 1
         return place
 
-    async def _sync(self) -> None:
+    async def flush(self) -> None:
         """Wait until what was appended is on the disk; concurrent callers share one fsync."""
         mine = self._appended
         async with self._flushing:

@@ -22,18 +22,26 @@ class Price:
     Attributes:
         input: of prompt tokens.
         output: of completion tokens.
+        batch: factor on both for requests that come in batches.
     """
 
     input: float
     output: float
+    batch: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.batch <= 1:
+            raise ValueError(f"batch price factor {self.batch}: must be from 0 to 1")
         for name, value in (("input", self.input), ("output", self.output)):
             if not (math.isfinite(value) and 0 <= value <= MAX_PRICE):
                 raise ValueError(
                     f"{name} price {value}: must be from 0 to {MAX_PRICE:g} (dollars a million "
                     "tokens)"
                 )
+
+    def in_batches(self) -> "Price":
+        """The price of requests that come in batches."""
+        return Price(self.input * self.batch, self.output * self.batch)
 
     def nano_dollars(self, prompt_tokens: int, completion_tokens: int) -> int:
         """Cost in 1e-9 dollars, rounded up."""
@@ -42,6 +50,9 @@ class Price:
 
 def read_prices(path: Path) -> dict[str, Price]:
     """Read a price table: `MODEL: {input: 0.15, output: 0.60}`, dollars a million tokens.
+
+    `batch: 0.5` in an entry is the factor on both for the Batch API; without it there is no
+    discount.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -56,12 +67,15 @@ def read_prices(path: Path) -> dict[str, Price]:
     prices = {}
     for model, entry in table.items():
         values = entry if isinstance(entry, dict) else {}
-        if set(values) != {"input", "output"} or not all(
+        if not {"input", "output"} <= set(values) <= {"input", "output", "batch"} or not all(
             isinstance(value, int | float) and not isinstance(value, bool)
             for value in values.values()
         ):
-            raise ValueError(f"{path}: {model}: expected `{{input: PRICE, output: PRICE}}`")
-        prices[str(model)] = Price(float(values["input"]), float(values["output"]))
+            raise ValueError(
+                f"{path}: {model}: expected `{{input: PRICE, output: PRICE}}`, and perhaps "
+                "`batch: FACTOR`"
+            )
+        prices[str(model)] = Price(**{name: float(value) for name, value in values.items()})
     return prices
 
 

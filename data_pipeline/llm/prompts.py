@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from string import Template
 
-from data_pipeline.llm.client import Request
+from data_pipeline.llm.completion import Request
 from data_pipeline.records import Json
 
 # The one sentence of its prompts that the paper prints (section 2.1).

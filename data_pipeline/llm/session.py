@@ -3,12 +3,16 @@
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from data_pipeline.llm.ask import Asker, Outcome, Policy, Traffic
-from data_pipeline.llm.client import Client, Request
+from data_pipeline.llm.batch import Batcher
+from data_pipeline.llm.batch_client import BatchClient
+from data_pipeline.llm.batch_run import Batching, BatchRunner
+from data_pipeline.llm.client import Client
+from data_pipeline.llm.completion import AnswerReader, Request
 from data_pipeline.llm.ledger import Ledger
 from data_pipeline.llm.limiter import Limiter
 from data_pipeline.llm.prices import Price, dollars
@@ -45,6 +49,7 @@ class Sending:
         in_flight: requests at a time.
         deadline: seconds that one answer may take.
         policy: what to do when the server fails.
+        batching: use the Batch API; None asks one by one.
     """
 
     requests_per_minute: float | None = None
@@ -52,6 +57,7 @@ class Sending:
     in_flight: int = 16
     deadline: float = 300.0
     policy: Policy = field(default_factory=Policy)
+    batching: Batching | None = None
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
@@ -69,24 +75,30 @@ class Progress:
         total: requests in all.
         done: requests with an outcome.
         accepted: samples that count.
+        note: a few words more.
     """
 
     what: str
     total: int
     done: int = 0
     accepted: int = 0
+    note: str = ""
 
     def line(self, traffic: Traffic, ledger: Ledger) -> str:
-        """Accepted a minute, tokens a second, 429 rate, dollars so far, time to go."""
-        minutes = traffic.seconds / 60
+        """Accepted a minute, tokens a second, 429 rate, dollars so far, time to go.
+
+        What the ledger answered cost no time and is in none of the rates: of what this run was
+        answered, the share that is accepted is taken to be that of all.
+        """
         fresh = max(self.done - traffic.reused, 0)
+        rate = self.accepted / self.done * fresh * 60 / traffic.seconds if self.done else 0.0
         left = (self.total - self.done) * traffic.seconds / fresh if fresh else None
         eta = "n/a" if left is None else f"{int(left) // 3600}h{int(left) % 3600 // 60:02d}m"
         return (
-            f"{self.what} {self.done}/{self.total} | accepted {self.accepted} "
-            f"({self.accepted / minutes:.1f}/min) | "
+            f"{self.what} {self.done}/{self.total} | accepted {self.accepted} ({rate:.1f}/min) | "
             f"{traffic.completion_tokens / traffic.seconds:.0f} tok/s | "
             f"429 {traffic.throttled_share:.1%} | {dollars(ledger.spent)} | eta {eta}"
+            f"{f' | {self.note}' if self.note else ''}"
         )
 
 
@@ -107,6 +119,10 @@ async def ask_server(
     Raises:
         RunError: no request can succeed, or the server is gone; the answers so far are kept.
     """
+    if sending.batching is not None:
+        return await _ask_batches(
+            server, sending, sending.batching, ledger, requests, on_outcome, redact, progress
+        )
     limiter = Limiter(
         requests_per_minute=sending.requests_per_minute,
         tokens_per_minute=sending.tokens_per_minute,
@@ -122,14 +138,47 @@ async def ask_server(
     )
     async with client:
         asker = Asker(client, ledger, limiter, sending.policy)
-        show = asyncio.create_task(_show(progress, asker.traffic, ledger))
-        try:
+        async with _shown(progress, asker.traffic, ledger):
             await asker.ask_all(requests, sending.in_flight, on_outcome)
-        finally:
-            show.cancel()
-            with suppress(asyncio.CancelledError):
-                await show
     return asker.traffic, asker.cap_message
+
+
+async def _ask_batches(
+    server: Server,
+    sending: Sending,
+    batching: Batching,
+    ledger: Ledger,
+    requests: Iterable[Request],
+    on_outcome: Callable[[int, Outcome], bool],
+    redact: Redactor,
+    progress: Progress,
+) -> tuple[Traffic, str]:
+    """The same through the Batch API."""
+
+    def say(text: str) -> None:
+        progress.note = text
+
+    client = BatchClient(server.base, server.key, redact, deadline=sending.deadline)
+    reader = AnswerReader(server.price, redact)
+    async with client:
+        batcher = Batcher(
+            BatchRunner(client, reader, ledger, sending.policy, batching, server.model, say)
+        )
+        async with _shown(progress, batcher.traffic, ledger):
+            await batcher.ask_all(requests, on_outcome)
+    return batcher.traffic, batcher.cap_message
+
+
+@asynccontextmanager
+async def _shown(progress: Progress, traffic: Traffic, ledger: Ledger) -> AsyncIterator[None]:
+    """Show the progress line meanwhile."""
+    show = asyncio.create_task(_show(progress, traffic, ledger))
+    try:
+        yield
+    finally:
+        show.cancel()
+        with suppress(asyncio.CancelledError):
+            await show
 
 
 async def _show(progress: Progress, traffic: Traffic, ledger: Ledger) -> None:
@@ -151,6 +200,7 @@ def traffic_report(traffic: Traffic, ledger: Ledger) -> dict[str, object]:
         "answered": traffic.answered,
         "reused": traffic.reused,
         "failures": dict(traffic.failures),
+        "batches": dict(+traffic.batch),
         "seconds": round(traffic.seconds, 3),
         "ledger_prompt_tokens": ledger.prompt_tokens,
         "ledger_completion_tokens": ledger.completion_tokens,

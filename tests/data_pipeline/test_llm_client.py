@@ -14,7 +14,9 @@ import pytest
 
 pytest.importorskip("openai")
 
-from data_pipeline.llm.client import CallError, Client, Request, parse_retry_after
+from data_pipeline.llm.client import Client
+from data_pipeline.llm.completion import Request
+from data_pipeline.llm.connection import CallError, parse_retry_after
 from data_pipeline.llm.ledger import Answer
 from data_pipeline.llm.prices import Price
 from data_pipeline.llm.secrets import Redactor, Secret
@@ -205,6 +207,19 @@ def test_an_endless_answer_is_cut_off(status: int) -> None:
     error = problem(Reply(None, status, write=flood))
     assert (error.reason, error.billed) == ("malformed", True)
     assert "longer than 100000 bytes" in str(error)
+
+
+def test_a_body_of_a_gigabyte_is_not_taken() -> None:
+    sent = 0
+
+    def gigabyte(stream: Any) -> None:
+        nonlocal sent
+        while sent < 10**9:
+            sent += stream.write(b"x" * 65536)
+
+    error = problem(Reply(None, 200, {"Content-Length": str(10**9)}, write=gigabyte))
+    assert (error.reason, error.billed) == ("malformed", True)
+    assert sent < 50 * 10**6, "what is beyond the limit is in the buffers of the sockets"
 
 
 def test_a_body_that_is_announced_and_does_not_come() -> None:

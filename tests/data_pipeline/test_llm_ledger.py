@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.llm.batch_journal import Member
 from data_pipeline.llm.ledger import Answer, CostCapReached, Ledger
 from data_pipeline.llm.prices import Price, read_prices
 from megaphi.errors import RunError
@@ -128,6 +129,54 @@ def test_reservations_of_a_killed_process_count_as_spent(tmp_path: Path) -> None
     with pytest.raises(CostCapReached):
         run(ledger.reserve("a", 40))
     ledger.close()
+
+
+@pytest.mark.parametrize("step", ["planned", "creating", "created", "closed"])
+def test_what_a_batch_may_cost_stays_reserved_over_kills(tmp_path: Path, step: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    members = {"a": Member(30, 7, 2), "b": Member(40, 7, 2), "c": Member(5, 7, 2)}
+
+    async def work(ledger: Ledger) -> None:
+        await ledger.plan_batch("tag", "http://server", "m", members)
+        if step != "planned":
+            await ledger.note_batch("tag", "creating", file="file-1")
+        if step in ("created", "closed"):
+            await ledger.note_batch("tag", "created", id="batch_1")
+            await ledger.store_many({"a": answer(11)})
+            ledger.lose_later("b", "no_row")
+            await ledger.flush()
+        if step == "closed":
+            await ledger.note_batch("tag", "closed", status="completed")
+        os.kill(os.getpid(), 9)
+
+    child = os.fork()
+    if child == 0:
+        run(work(Ledger(path, max_nano=100)))
+    os.waitpid(child, 0)
+    for _ in range(2):  # opening it changes nothing
+        ledger = Ledger(path, max_nano=100)
+        spent, reserved = {
+            "planned": (0, 0),  # nothing was sent that costs
+            "creating": (0, 75),
+            "created": (51, 5),
+            "closed": (51, 0),
+        }[step]
+        assert (ledger.spent, ledger.reserved) == (spent, reserved)
+        assert ledger.has_room(100 - spent - reserved)
+        assert not ledger.has_room(101 - spent - reserved)
+        assert list(ledger.batches) == (["tag"] if step in ("creating", "created") else [])
+        if ledger.batches:
+            batch = ledger.batches["tag"]
+            assert (batch.server, batch.model, batch.members) == ("http://server", "m", members)
+            assert (batch.step, batch.id) == (step, "batch_1" if step == "created" else "")
+        ledger.close()
+    ledger = Ledger(path)
+    assert ledger.abandon_batches() == {"creating": 3, "created": 1}.get(step, 0)
+    assert ledger.reserved == 0
+    lost = {"creating": 75, "created": 56, "closed": 51, "planned": 0}[step]
+    assert ledger.spent == lost
+    ledger.close()
+    assert Ledger(path).spent == lost
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
