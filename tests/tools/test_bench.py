@@ -17,6 +17,7 @@ SMALL = ["--megabytes=0.05", "--index-tokens=50000", "--blend-samples=9000", "--
 GROUPS = [
     "near-dedup command",
     "decontaminate command",
+    "syntax tree match",
     "tokenize command",
     "tokenize",
     "sample order",
