@@ -15,7 +15,7 @@ from megaphi.errors import run_main
 VERBS = {
     "data": ("tools.data", "build a corpus: ingest, train-tokenizer, tokenize, merge"),
     "train": ("tools.train", "train a recipe (the same as python -m megaphi.train)"),
-    "convert": ("tools.convert", "to and from Hugging Face model directories"),
+    "convert": ("tools.convert", "to Hugging Face directories and GGUF files, and back"),
     "generate": ("tools.generate", "complete a prompt with a trained model"),
     "evaluate": ("tools.evaluate", "pass@k of a model or of completions, programs run isolated"),
     "inspect": ("tools.inspect", "say what a token file, checkpoint or run is, and verify it"),

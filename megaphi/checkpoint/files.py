@@ -1,16 +1,12 @@
-"""Safetensors and JSON files: read with suspicion, written piece by piece.
+"""Safetensors and JSON files, read with suspicion.
 
 A model file may come from anybody. Everything here reads headers before data, opens files by plain
 names inside one directory, and never unpickles. The safetensors library itself refuses headers
-that are too large, overlap, leave gaps or run past the end of the file.
+whose tensors overlap, leave gaps or run past the end of the file.
 """
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphi.checkpoint.manifest import CheckpointError, publish
+from megaphi.checkpoint.manifest import CheckpointError
 
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MAX_JSON_BYTES = 1 << 26
+# phi-1's own header has 40 kB, its tokenizer.json 2 MB; parsed, either grows about twentyfold
+_MAX_HEADER_BYTES = 1 << 24
+_MAX_JSON_BYTES = 1 << 22
+TOKENIZER_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,12 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb") as start:
+            header_bytes = int.from_bytes(start.read(8), "little")
+        if header_bytes > min(_MAX_HEADER_BYTES, path.stat().st_size):
+            raise CheckpointError(
+                f"{path}: not a readable safetensors file (a header of {header_bytes} bytes)"
+            )
         with safe_open(path, framework="pt") as file:
             entries = []
             for name in file.keys():  # noqa: SIM118 (not a mapping: it has no __iter__)
@@ -82,15 +87,15 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+def read_json_object(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a file that holds one JSON object, of at most `max_bytes`.
 
     Raises:
         ValueError: the file is missing, too large, not JSON, nested too deeply or not an object.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.stat().st_size > _MAX_JSON_BYTES:
+    if path.stat().st_size > max_bytes:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, too large to be what it should be")
     try:
         values = json.loads(path.read_bytes())
@@ -101,104 +106,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a JSON object")
     return values
-
-
-@dataclass(frozen=True)
-class WrittenShards:
-    """What `write_shards` wrote."""
-
-    files: dict[str, str]
-    """File name of each tensor."""
-    bytes: int
-    """Data bytes of all tensors together."""
-
-
-def write_shards(
-    directory: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    max_bytes: int,
-    metadata: Mapping[str, str],
-) -> WrittenShards:
-    """Write a stream of tensors into safetensors files of at most `max_bytes` data bytes each.
-
-    Only one file's tensors are in memory at a time; a tensor larger than the limit has a file of
-    its own. One file is called `model.safetensors`, several `model-00001-of-00003.safetensors`,
-    the names that Hugging Face uses.
-
-    Args:
-        directory: an existing directory.
-        tensors: names, each once, and values.
-        max_bytes: limit of one file's data.
-        metadata: strings for the header of every file.
-    """
-    groups: list[list[str]] = []
-    waiting: dict[str, Tensor] = {}
-    waiting_bytes = total_bytes = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if waiting and waiting_bytes + size > max_bytes:
-            groups.append(_write_part(directory, len(groups), waiting, metadata))
-            waiting, waiting_bytes = {}, 0
-        waiting[name] = tensor
-        waiting_bytes += size
-        total_bytes += size
-    groups.append(_write_part(directory, len(groups), waiting, metadata))
-    files = {}
-    for index, names in enumerate(groups):
-        final = (
-            "model.safetensors"
-            if len(groups) == 1
-            else f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
-        )
-        _part_path(directory, index).rename(directory / final)
-        files.update(dict.fromkeys(names, final))
-    return WrittenShards(files, total_bytes)
-
-
-def _part_path(directory: Path, index: int) -> Path:
-    """Name of a file while the number of files is not known yet."""
-    return directory / f"part-{index:05d}.safetensors.tmp"
-
-
-def _write_part(
-    directory: Path, index: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> list[str]:
-    """Write one file and return the names in it."""
-    from safetensors.torch import save_file
-
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, _part_path(directory, index), metadata=dict(metadata))
-    return list(tensors)
-
-
-def require_free(final: Path) -> None:
-    """Raise a `ValueError` if a name is taken by anything but an empty directory."""
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ValueError(f"{final}: already exists; name a new or an empty directory")
-
-
-@contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
-    """Context of a directory that appears under its final name only when the block succeeds.
-
-    The block gets a temporary directory beside the final one. At its end every file is synced and
-    the directory renamed; after an exception it is removed.
-
-    Raises:
-        ValueError: the final name is taken by anything but an empty directory.
-    """
-    require_free(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if final.exists():
-            final.rmdir()
-        publish(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def parse_size(text: str) -> int:

@@ -14,6 +14,7 @@ unpickled or handed to transformers, and what we cannot represent exactly is ref
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +22,15 @@ from torch import Tensor
 
 from megaphi.checkpoint.files import StoredTensor, read_header, read_json_object
 from megaphi.checkpoint.hf_config import read_config
+from megaphi.checkpoint.intake import refuse_strange_entries
+from megaphi.checkpoint.weight_files import PendingTensor
 from megaphi.config import Model
 from megaphi.model.phi import parameter_shapes
 
 _INDEX_NAME = "model.safetensors.index.json"
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLE_SUFFIXES = (
+    *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".metadata", ".distcp"),
+)
 # a table that follows from the configuration; old files carry it
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
@@ -121,6 +126,41 @@ def from_sources(name: str, tensors: list[Tensor], config: Model, layout: _Layou
     return parts.reshape(3 * config.hidden_size, *rest)
 
 
+def exported(
+    weights: Mapping[str, Tensor], config: Model, dtype: torch.dtype
+) -> Iterator[tuple[str, PendingTensor]]:
+    """The tensors of `PhiForCausalLM` in model order, each read when it is needed.
+
+    q, k and v come from one parameter of ours, which is read once if they are read in a row.
+
+    Args:
+        weights: every parameter by our name.
+        config: the model.
+        dtype: format of the result. Reading a tensor with a value too large for it raises a
+            `ValueError`.
+    """
+    last: dict[str, dict[str, Tensor]] = {}
+
+    def read(name: str, target: str) -> Tensor:
+        if name not in last:
+            last.clear()
+            tensor = weights[name]
+            converted = tensor.to(dtype)
+            if bool(converted.isinf().any()) and not bool(tensor.isinf().any()):
+                raise ValueError(f"{name} has values too large for {dtype}; take bf16 or fp32")
+            last[name] = dict(to_hugging_face(name, converted, config))
+        tensor = last[name].pop(target)
+        if not last[name]:
+            last.clear()
+        return tensor
+
+    for name, shape in parameter_shapes(config).items():
+        targets = source_names(name, config)
+        share = (shape[0] // len(targets), *shape[1:])
+        for target in targets:
+            yield target, PendingTensor(share, dtype, partial(read, name, target))
+
+
 class HuggingFaceWeights(Mapping[str, Tensor]):
     """The tensors of a Hugging Face phi directory by our parameter names, read on demand.
 
@@ -135,6 +175,7 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        refuse_strange_entries(directory)
         _refuse_foreign_code(directory)
         self.config = read_config(directory)
         self._stored: dict[str, StoredTensor] = {}
@@ -195,6 +236,20 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
         """The formats in which the parameters are stored."""
         return {stored.torch_dtype for stored in self._stored.values()}
 
+    def pending(self) -> Iterator[tuple[str, PendingTensor]]:
+        """Every parameter by name, to be read when it is needed."""
+        shapes = parameter_shapes(self.config)
+        for name in self._names:
+            sources = source_names(name, self.config, self._layout)
+            dtypes = {self._stored[source].torch_dtype for source in sources}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            read = partial(self._read_as, name, dtype)
+            yield name, PendingTensor(tuple(shapes[name]), dtype, read)
+
+    def _read_as(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The parameter in a format that holds all its parts."""
+        return self[name].to(dtype)
+
     def __getitem__(self, name: str) -> Tensor:
         """The parameter in our shape, on the CPU."""
         sources = source_names(name, self.config, self._layout)
@@ -224,7 +279,8 @@ def _refuse_foreign_code(directory: Path) -> None:
         if pickles:
             raise ValueError(
                 f"{directory / pickles[0]}: pickled weights can run code and are not read; convert "
-                "them to safetensors first"
+                "them to safetensors in a sandbox first: safetensors.torch.save_file(torch.load("
+                f"'{pickles[0]}', weights_only=True), 'model.safetensors')"
             )
         raise ValueError(f"{directory}: no *.safetensors file")
 

@@ -15,6 +15,8 @@ import torch
 from megaphi.checkpoint.files import read_json_object
 from megaphi.config import Model
 
+_MIXFORMER_TYPES = ("mixformer-sequential", "phi-msft")
+
 
 def read_config(directory: Path) -> Model:
     """Read config.json of a Hugging Face directory as our model configuration.
@@ -34,11 +36,17 @@ def read_config(directory: Path) -> Model:
 
 
 def model_from_config(values: Mapping[str, Any], path: Path) -> Model:
-    """Translate a `phi` or `mixformer-sequential` configuration; `path` is for messages."""
+    """Translate the configuration of a phi model; `path` is for messages.
+
+    Read are `phi` (phi-1, phi-1.5, phi-2 and our exports), and the names under which Microsoft
+    released the same models first, `mixformer-sequential` and `phi-msft`.
+    """
     reader = _ConfigReader(values, path)
     model_type = values.get("model_type")
-    if model_type not in ("phi", "mixformer-sequential"):
-        raise ValueError(f"{path}: model_type is {model_type!r}, only phi models are read")
+    if model_type not in ("phi", *_MIXFORMER_TYPES):
+        raise ValueError(f"{path}: model_type is {model_type!r:.60}, only phi models are read")
+    # quantized weights are another kind of number under the same names
+    reader.refuse_unless("quantization_config", (None,), "a quantized model")
     reader.refuse_unless("tie_word_embeddings", (False, None), "tied embeddings")
     reader.refuse_unless("qk_layernorm", (False, None), "LayerNorm of queries and keys")
     if model_type == "phi":
@@ -135,6 +143,7 @@ def _mixformer_config(reader: _ConfigReader) -> Model:
     hidden = reader.integer("n_embd", 2048)
     inner = reader.integer("n_inner", 4 * hidden)
     rotary_dim = reader.integer("rotary_dim", 32)
+    reader.refuse_unless("num_local_experts", (None,), "a mixture of experts")
     reader.refuse_unless("n_head_kv", (None, heads), "grouped-query attention")
     reader.refuse_unless("activation_function", ("gelu_new", None), "another activation")
     reader.refuse_unless("rope_scaling", (None,), "rotary scaling")

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megaphi.checkpoint.files import read_json_object
+from megaphi.checkpoint.files import TOKENIZER_BYTES, read_json_object
 
 END_OF_TEXT = "<|endoftext|>"
 CODEGEN_END_OF_TEXT_ID = 50256
@@ -31,10 +31,16 @@ def find_tokenizer(source: Path) -> Path | None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files of a directory, and nothing else; return their names."""
+    """Copy the tokenizer files of a directory, and nothing else; return their names.
+
+    Raises:
+        ValueError: a file is too large for what it should be.
+    """
     target.mkdir(exist_ok=True)
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in names:
+        if (source / name).stat().st_size > TOKENIZER_BYTES:
+            raise ValueError(f"{source / name}: too large for a tokenizer's file")
         shutil.copyfile(source / name, target / name)
     return names
 
@@ -51,7 +57,7 @@ def end_of_text_id(tokenizer_dir: Path | None, vocab_size: int) -> int | None:
     if tokenizer_dir is None:
         return CODEGEN_END_OF_TEXT_ID if vocab_size > CODEGEN_END_OF_TEXT_ID else None
     path = tokenizer_dir / "tokenizer.json"
-    tokenizer = read_json_object(path)
+    tokenizer = read_json_object(path, TOKENIZER_BYTES)
     token: Any = None
     if (tokenizer_dir / "tokenizer_config.json").is_file():
         token = read_json_object(tokenizer_dir / "tokenizer_config.json").get("eos_token")

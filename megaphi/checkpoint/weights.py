@@ -21,22 +21,25 @@ from torch import Tensor
 
 from megaphi.checkpoint.files import (
     StoredTensor,
-    WrittenShards,
-    new_directory,
     read_header,
     read_json_object,
-    write_shards,
 )
 from megaphi.checkpoint.hf import HuggingFaceWeights
+from megaphi.checkpoint.intake import refuse_strange_entries, verify_foreign_checkpoint
 from megaphi.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
     checkpoint_name,
     find_checkpoints,
-    verify_checkpoint,
     write_manifest,
 )
 from megaphi.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
+from megaphi.checkpoint.weight_files import (
+    PendingTensor,
+    WrittenShards,
+    new_directory,
+    write_shards,
+)
 from megaphi.config import Model
 from megaphi.model.phi import Phi, parameter_shapes
 
@@ -70,12 +73,12 @@ def resolve_model(path: str | Path) -> Path:
             "this machine (names of the Hugging Face hub are not looked up: download first)"
         )
     if (directory / MANIFEST_NAME).exists() or (directory / MODEL_CONFIG_NAME).exists():
-        verify_checkpoint(directory)
+        verify_foreign_checkpoint(directory)
         return directory
     checkpoints = find_checkpoints(directory)
     for checkpoint in checkpoints:
         try:
-            verify_checkpoint(checkpoint)
+            verify_foreign_checkpoint(checkpoint)
         except CheckpointError as error:
             print(f"megaphi: skipping a damaged checkpoint: {error}", file=sys.stderr)
         else:
@@ -83,7 +86,13 @@ def resolve_model(path: str | Path) -> Path:
     if checkpoints:
         raise CheckpointError(f"{directory}: none of its {len(checkpoints)} checkpoints verifies")
     if (directory / "config.json").is_file():
+        refuse_strange_entries(directory)
         return directory
+    if (directory / ".metadata").exists():
+        raise ValueError(
+            f"{directory / '.metadata'}: a pickle of torch.distributed.checkpoint, which can run "
+            "code and is not read; export that model as safetensors with what wrote it"
+        )
     raise ValueError(
         f"{directory}: not a model: no {checkpoint_name(0)[:5]}… checkpoint (run directory), no "
         f"{MANIFEST_NAME} (checkpoint) and no config.json (Hugging Face directory)"
@@ -282,14 +291,15 @@ def _check_tiling(shape: tuple[int, ...], shards: list[_Shard]) -> None:
 def write_weights_checkpoint(
     directory: Path,
     model_config: Model,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | PendingTensor]],
     tokenizer_dir: Path | None,
     details: Mapping[str, Any],
+    identity: Mapping[str, Any] | None = None,
 ) -> WrittenShards:
     """Publish a checkpoint that holds a model's weights and nothing of a trainer.
 
-    Everything is written to a temporary directory beside the final one and appears by one rename;
-    a failure leaves nothing behind. Memory: about 1 GiB, or the largest tensor.
+    Everything is written to `DIRECTORY.partial` and appears by one rename; a failure leaves
+    nothing behind. Memory: the largest tensor if they are pending, else up to 1 GiB of them.
 
     Args:
         directory: the checkpoint to create; it may exist only if it is empty.
@@ -297,6 +307,8 @@ def write_weights_checkpoint(
         tensors: every parameter once, by name, in its full shape.
         tokenizer_dir: a tokenizer to copy along.
         details: further entries of the manifest, for instance where the weights come from.
+        identity: what decides the tensors; a call that was killed is continued by the next one
+            with the same identity. Without it every call starts anew.
 
     Returns:
         The files of the tensors.
@@ -306,23 +318,23 @@ def write_weights_checkpoint(
     """
     shapes = parameter_shapes(model_config)
 
-    def checked() -> Iterator[tuple[str, Tensor]]:
+    def checked() -> Iterator[tuple[str, Tensor | PendingTensor]]:
         for name, tensor in tensors:
-            if shapes.get(name) != tensor.shape:
+            if shapes.get(name) != tuple(tensor.shape):
                 raise ValueError(f"{name} of shape {list(tensor.shape)} is not in this model")
             yield f"{MODEL_PREFIX}{name}", tensor
 
-    with new_directory(directory) as temporary:
-        write_model_config(temporary, model_config)
+    with new_directory(directory, identity) as work:
+        write_model_config(work.content, model_config)
         written = write_shards(
-            temporary, checked(), max_bytes=_SHARD_BYTES, metadata={"format": "pt"}
+            work.content, checked(), max_bytes=_SHARD_BYTES, metadata={"format": "pt"}, work=work
         )
         missing = [name for name in shapes if f"{MODEL_PREFIX}{name}" not in written.files]
         if missing:
             raise ValueError(f"{missing[0]} and {len(missing) - 1} more parameters are missing")
         if tokenizer_dir is not None:
-            copy_tokenizer(tokenizer_dir, temporary / "tokenizer")
-        write_manifest(temporary, {}, details)
+            copy_tokenizer(tokenizer_dir, work.content / "tokenizer")
+        write_manifest(work.content, written.digests, details)
     return written
 
 
@@ -338,7 +350,10 @@ class LoadedModel:
     """The checkpoint or Hugging Face directory that was read."""
 
 
-def open_weights(source: Path) -> CheckpointWeights | HuggingFaceWeights:
+ModelWeights = CheckpointWeights | HuggingFaceWeights
+
+
+def open_weights(source: Path) -> ModelWeights:
     """Open a directory that `resolve_model` returned, as a mapping by our parameter names."""
     return CheckpointWeights(source) if is_checkpoint(source) else HuggingFaceWeights(source)
 

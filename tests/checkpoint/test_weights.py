@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-from megaphi.checkpoint.files import parse_size, same_bits, write_shards
+from megaphi.checkpoint.files import parse_size, same_bits
 from megaphi.checkpoint.manifest import CheckpointError, verify_checkpoint, write_manifest
+from megaphi.checkpoint.weight_files import write_shards
 from megaphi.checkpoint.weights import (
     CheckpointWeights,
     load_model,

@@ -19,8 +19,8 @@ from megaphi.checkpoint.hf_config import config_to_hugging_face, model_from_conf
 from megaphi.checkpoint.weights import CheckpointWeights, load_model, write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.generate import generate
-from megaphi.model.phi import Phi
-from tools.convert import export_hugging_face, import_hugging_face
+from megaphi.model.phi import Phi, num_parameters
+from tools.convert_hf import export_hugging_face, import_hugging_face
 
 SHAPES = {
     "two heads of 16, rotary 0.5": Model(
@@ -236,6 +236,58 @@ def test_defaults_are_phi_1() -> None:
     assert ours == theirs
 
 
+def test_released_configurations_are_read() -> None:
+    """The shapes of phi-1, phi-1.5 and phi-2 as their config.json files have them."""
+    common = {
+        "model_type": "phi",
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "qk_layernorm": False,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 51200,
+    }
+    phi_1 = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "partial_rotary_factor": 0.5,
+    }
+    phi_2 = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 32,
+        "partial_rotary_factor": 0.4,
+        "resid_pdrop": 0.1,
+    }
+    assert model_from_config({**common, **phi_1}, Path("c")) == Model()
+    read = model_from_config({**common, **phi_2}, Path("c"))
+    assert (read.head_size, read.rotary_dim, read.num_layers) == (80, 32, 32)
+    assert num_parameters(read) == 2_779_683_840
+    # the same model as it was released first
+    older = {
+        "model_type": "phi-msft",
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-05,
+        "n_embd": 2560,
+        "n_head": 32,
+        "n_head_kv": None,
+        "n_inner": None,
+        "n_layer": 32,
+        "n_positions": 2048,
+        "rotary_dim": 32,
+        "tie_word_embeddings": False,
+        "vocab_size": 51200,
+    }
+    assert model_from_config(older, Path("c")) == read
+    with pytest.raises(ValueError, match="mixture of experts"):
+        model_from_config({**older, "num_local_experts": 2}, Path("c"))
+
+
 # The layouts of the first releases
 
 
@@ -263,8 +315,11 @@ def mixformer_tensors(theirs: transformers.PhiForCausalLM, sequential: bool) -> 
     return {name: tensor.contiguous() for name, tensor in old.items()}
 
 
-@pytest.mark.parametrize("sequential", [True, False])
-def test_first_releases_are_read(tmp_path: Path, sequential: bool) -> None:
+@pytest.mark.parametrize(
+    ("sequential", "model_type"),
+    [(True, "mixformer-sequential"), (False, "mixformer-sequential"), (False, "phi-msft")],
+)
+def test_first_releases_are_read(tmp_path: Path, sequential: bool, model_type: str) -> None:
     config = Model(
         num_layers=3,
         hidden_size=96,
@@ -279,7 +334,7 @@ def test_first_releases_are_read(tmp_path: Path, sequential: bool) -> None:
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
     values = {
-        "model_type": "mixformer-sequential",
+        "model_type": model_type,
         "n_embd": 96,
         "n_head": 4,
         "n_inner": None,

@@ -157,20 +157,19 @@ def test_values_too_large_for_fp16_are_refused(tmp_path: Path, capsys) -> None:
 
 def test_verify_notices_a_bad_write(tmp_path: Path, capsys, monkeypatch) -> None:
     """A disk that returns another byte than was written."""
-    import megaphi.checkpoint.files as files
+    import megaphi.checkpoint.weight_files as weight_files
 
     run = make_run(tmp_path / "run")
-    honest = files._write_part
+    honest = weight_files.write_safetensors
 
-    def flip(directory: Path, index: int, tensors: dict, metadata: dict) -> list[str]:
-        names = honest(directory, index, tensors, metadata)
-        path = files._part_path(directory, index)
+    def flip(path: Path, tensors: dict, metadata: dict) -> object:
+        digest = honest(path, tensors, metadata)
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        return names
+        return digest
 
-    monkeypatch.setattr(files, "_write_part", flip)
+    monkeypatch.setattr(weight_files, "write_safetensors", flip)
     words = ["convert", "to-hf", str(run), str(tmp_path / "hf")]
     assert main([*words, "--verify"]) == 1
     assert "was not written as it is" in capsys.readouterr().err
@@ -233,6 +232,7 @@ def refused(directory: Path, message: str, capsys, status: int = 2) -> None:
         ({"model_type": None}, "model_type is None"),
         ({"model_type": ["phi"]}, "model_type"),
         ({"qk_layernorm": True}, "qk_layernorm=True"),
+        ({"quantization_config": {"bits": 4}}, "a quantized model"),
         ({"num_key_value_heads": 1}, "num_key_value_heads=1"),
         ({"head_dim": 8}, "head_dim=8"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
