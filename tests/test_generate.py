@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megaphi.config import Model
-from megaphi.generate import generate
+from megaphi.generate import TextRow, generate, generate_text, stream_text
+from megaphi.generate.decoder import Decoder
 from megaphi.model.phi import Phi
 
 CONFIG = Model(num_layers=3, hidden_size=64, num_heads=4, vocab_size=211, max_sequence_length=96)
@@ -52,11 +55,9 @@ def test_left_padded_batch_is_one_at_a_time(model: Phi) -> None:
 
 def test_cached_logits_are_those_of_the_full_pass(model: Phi, monkeypatch) -> None:
     """Compared before argmax, which would hide small errors."""
-    import megaphi.generate as module
-
     seen: list[Tensor] = []
-    inner = module._next_logits
-    monkeypatch.setattr(module, "_next_logits", lambda *args: seen.append(inner(*args)) or seen[-1])
+    inner = Decoder._logits
+    monkeypatch.setattr(Decoder, "_logits", lambda *args: seen.append(inner(*args)) or seen[-1])
     results = generate(model, PROMPTS, max_new_tokens=30)
     assert len(seen) == 30
     for row, prompt in enumerate(PROMPTS):
@@ -101,7 +102,159 @@ def test_stop_sees_every_token_and_ends_its_row(model: Phi) -> None:
     assert sorted(calls) == [(row, n + 1) for row in range(4) for n in range(row + 3)]
 
 
+def byte_text(ids: list[int]) -> str:
+    """A tokenizer whose tokens are single bytes, then all pairs of some bytes."""
+    return b"".join(byte_pieces(token) for token in ids).decode("utf-8", errors="replace")
+
+
+def byte_pieces(token: int) -> bytes:
+    """Letters, a border inside of a stop text, and halves of characters."""
+    pieces = [
+        b"a",
+        b"b",
+        b"ab",
+        b"ba",
+        b"\n",
+        b"\nc",
+        b"c\n",
+        b"\xc3",
+        b"\xa9",
+        b"\xf0\x9f",
+        b"\x98\x80",
+    ]
+    return pieces[token % len(pieces)]
+
+
+STOPS = ["a\nc", "bb", "\u00e9"]
+
+
+def first_end(text: str, stops: list[str]) -> int | None:
+    """Where a text is cut: at the stop text that is complete first."""
+    for end in range(len(text) + 1):
+        ends = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if ends:
+            return min(ends)
+    return None
+
+
+@pytest.mark.parametrize("bunch", [1, 5])
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_batched_text_and_streams_are_those_of_one_at_a_time(
+    model: Phi, bunch: int, temperature: float
+) -> None:
+    """Stop texts across token borders, ragged prompts, rows that end at different times."""
+    prompts = [*PROMPTS, [7], [8, 8], [100, 3], [44] * 20]
+    seeds = list(range(len(prompts)))
+    settings = {"max_new_tokens": 15, "temperature": temperature, "top_p": 0.9}
+    free = [
+        generate(model, [prompt], seed=[seed], **settings)[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    expected = []
+    for tokens in free:
+        text = byte_text(tokens)
+        cut = first_end(text, STOPS)
+        expected.append((text if cut is None else text[:cut], "length" if cut is None else "stop"))
+    found = generate_text(
+        model, prompts, byte_text, stops=STOPS, seed=seeds, bunch=bunch, **settings
+    )
+    assert [(row.text, row.finish) for row in found] == expected
+    assert 2 <= sum(finish == "stop" for _, finish in expected) < len(prompts)
+
+    pieces = [""] * len(prompts)
+    finished: list[int] = []
+    for event in stream_text(
+        model, prompts, byte_text, stops=STOPS, seed=seeds, bunch=bunch, **settings
+    ):
+        assert event.row not in finished
+        assert event.text or event.finish
+        pieces[event.row] += event.text
+        if event.finish is not None:
+            finished.append(event.row)
+    assert pieces == [text for text, _ in expected]
+    assert sorted(finished) == list(range(len(prompts)))
+
+
+def test_each_row_has_its_own_stop_texts(model: Phi) -> None:
+    free = generate_text(model, [PROMPTS[0]] * 3, byte_text, max_new_tokens=40)[0].text
+    stops = [[free[9:12]], [], [free[20:24], free[5:8]]]
+    found = generate_text(model, [PROMPTS[0]] * 3, byte_text, max_new_tokens=40, stops=stops)
+    cuts = [first_end(free, row) for row in stops]
+    assert [row.text for row in found] == [free[:cut] for cut in cuts]
+    assert found[2].num_tokens < found[1].num_tokens == 40
+    with pytest.raises(ValueError, match="not one text"):
+        generate_text(model, PROMPTS, byte_text, max_new_tokens=3, stops="end")
+    with pytest.raises(ValueError, match="2 rows and 4 prompts"):
+        generate_text(model, PROMPTS, byte_text, max_new_tokens=3, stops=[["a"], ["b"]])
+    with pytest.raises(ValueError, match="must not be empty"):
+        generate_text(model, PROMPTS, byte_text, max_new_tokens=3, stops=[""])
+
+
+@given(st.lists(st.integers(0, 10), max_size=90), st.lists(st.sampled_from(STOPS), max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_pieces_of_text_are_the_whole_text(tokens: list[int], stops: list[str]) -> None:
+    row = TextRow(byte_text, stops)
+    pieces = [row.add(token) for token in tokens]
+    shown = "".join(pieces)
+    whole = byte_text(tokens)
+    assert row.text == shown
+    assert whole.startswith(shown)
+    last = row.finish()
+    cut = first_end(whole, stops)
+    assert row.text == shown + last == (whole if cut is None else whole[:cut])
+    assert row.stopped == (cut is not None)
+    assert row.add(0) == row.finish() == "" or cut is None
+
+
+def test_text_is_held_back_no_longer_than_needed() -> None:
+    row = TextRow(byte_text, ["a\nc"])
+    a, newline, half, other_half, letter = 0, 4, 7, 8, 1
+    assert [row.add(token) for token in (letter, a, newline, a, half, other_half)] == [
+        "b", "", "", "a\n", "", "a\u00e9",
+    ]  # fmt: skip
+
+
+def test_a_growing_window_and_graph_shapes_change_nothing(model: Phi) -> None:
+    """The pass that a CUDA graph records: masked, over places that hold nothing yet."""
+    rows = [generate(model, [prompt], max_new_tokens=30)[0] for prompt in PROMPTS]
+    for window in (1, 8, 64):
+        decoder = Decoder(model, PROMPTS, 39, window_step=window)
+        tokens = [decoder.prompt().argmax(-1)]
+        for _ in range(10):
+            tokens.append(decoder.step(tokens[-1]).argmax(-1))
+        kept = torch.tensor([3, 1])
+        decoder.keep(kept)
+        tokens[-1] = tokens[-1][kept]
+        late = [tokens[-1]]
+        for _ in range(19):
+            late.append(decoder.step(late[-1]).argmax(-1))
+        assert torch.stack(tokens[:-1]).T.tolist() == [row[:10] for row in rows]
+        assert torch.stack(late).T.tolist() == [rows[3][10:], rows[1][10:]]
+
+
+def test_rows_that_have_ended_leave_the_batch(model: Phi) -> None:
+    sizes: list[int] = []
+    handle = model.blocks[0].register_forward_hook(
+        lambda module, inputs, output: sizes.append(len(inputs[0]))
+    )
+    stopped = generate(
+        model, PROMPTS, max_new_tokens=12, stop=lambda row, tokens: len(tokens) == 2 + 2 * row
+    )
+    handle.remove()
+    assert [len(row) for row in stopped] == [2, 4, 6, 8]
+    assert sizes == [40, 4, 4, 4, 2, 2, 1, 1]
+    assert stopped == [recompute(model, prompt, 2 + 2 * row) for row, prompt in enumerate(PROMPTS)]
+
+
 # Sampling
+
+
+def test_fewer_tokens_are_the_first_of_more(model: Phi) -> None:
+    for top_p in (0.8, 1.0):
+        settings = {"temperature": 1.3, "top_p": top_p, "seed": 3}
+        long = generate(model, PROMPTS, max_new_tokens=50, **settings)
+        short = generate(model, PROMPTS, max_new_tokens=17, bunch=4, **settings)
+        assert short == [row[:17] for row in long]
 
 
 def test_samples_depend_on_the_seed_and_the_row_alone(model: Phi) -> None:
@@ -196,6 +349,8 @@ def test_nothing_to_do(model: Phi) -> None:
         ([[1]], {"temperature": math.nan}, "temperature"),
         ([[1]], {"top_p": 0.0}, "top_p"),
         ([[1]], {"top_p": 1.1}, "top_p"),
+        ([[1]], {"bunch": 0}, "bunch"),
+        ([[1]], {"cuda_graphs": "always"}, "cuda_graphs"),
         ([[1]], {"seed": [1, 2]}, "2 seeds for 1 prompts"),
     ],
 )

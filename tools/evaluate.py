@@ -3,7 +3,8 @@
 MODEL is a run (its newest checkpoint), a checkpoint, or a Hugging Face directory: a phi model, or
 any other causal language model if `transformers` is installed. Programs run isolated by bubblewrap
 and are judged from outside; without it the command refuses. A killed evaluation continues when the
-same command is given again.
+same command is given again. With --follow it scores each checkpoint of a run as it is published,
+on this machine or another, and draws the score over the training's tokens into its TensorBoard.
 """
 
 import argparse
@@ -16,10 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints
 from megaphi.durable import write_durably
+from tools.evaluation.checkpoints import Curve, progress_of
 from tools.evaluation.completions import Sampling, complete, open_backend, read_completions
 from tools.evaluation.executor import judge_all
-from tools.evaluation.report import draw, read_similarity, render, summarise
+from tools.evaluation.report import read_similarity, render, summarise
 from tools.evaluation.sandbox import Lane, Limits, describe_isolation
 from tools.evaluation.store import Key, RowFile, open_directory
 from tools.evaluation.suites import Problem, Suite, load_suite
@@ -40,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--suite", required=True, help="humaneval, mbpp or FILE.jsonl")
     parser.add_argument("--suite-file", type=Path, metavar="FILE", help="data of humaneval or mbpp")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="for the results")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the results (of a run: RUN/evaluations/SUITE)"
+    )
     parser.add_argument("--similarity", type=Path, metavar="FILE.json", help="split the score")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 10, 100], metavar="K")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -56,14 +61,35 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="instead of the model's own"
     )
-    sampling.add_argument("--all-checkpoints", action="store_true", help="each of the run MODEL")
-    sampling.add_argument("--tensorboard", action="store_true", help="draw them into the run's")
+    sampling.add_argument("--cuda-graphs", choices=("auto", "never"), default="auto")
+    run = parser.add_argument_group("the checkpoints of a run")
+    run.add_argument("--all-checkpoints", action="store_true", help="each of the run MODEL")
+    run.add_argument("--tensorboard", action="store_true", help="draw them into the run's")
+    run.add_argument(
+        "--follow", action="store_true", help="both, as they are published, until the last"
+    )
+    run.add_argument("--every-steps", type=int, default=1, metavar="N", help="only steps N divides")
+    run.add_argument("--poll-seconds", type=float, default=30.0, metavar="S")
     programs = parser.add_argument_group("running programs")
     programs.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
     programs.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS")
     programs.add_argument("--memory-mib", type=int, default=1024, metavar="N")
     programs.add_argument("--unsafe-no-sandbox", action="store_true")
     return parser
+
+
+# options of sampling that results do not depend on
+_HOW = ("batch_size", "cuda_graphs")
+_POSITIVE = (
+    "samples",
+    "max_new_tokens",
+    "batch_size",
+    "workers",
+    "timeout",
+    "memory_mib",
+    "every_steps",
+    "poll_seconds",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
     # before hours of generation: can programs be run at all?
     Lane(job.limits, isolate=job.isolate).close()
     if options.all_checkpoints:
-        summary = _evaluate_checkpoints(job)
+        summary = _evaluate_run(job)
     elif options.model is not None:
         from megaphi.checkpoint.weights import resolve_model
 
@@ -121,11 +147,15 @@ def _check(options: argparse.Namespace) -> _Job:
     subjects = [options.model is not None, options.completions is not None, options.canonical]
     if sum(subjects) != 1:
         raise ValueError("give exactly one of MODEL, --completions FILE.jsonl and --canonical")
+    if options.follow:
+        options.all_checkpoints = options.tensorboard = True
     if options.all_checkpoints and options.model is None:
-        raise ValueError("--all-checkpoints needs a run directory as MODEL")
+        raise ValueError("--all-checkpoints and --follow need a run directory as MODEL")
     if options.tensorboard and not options.all_checkpoints:
         raise ValueError("--tensorboard goes with --all-checkpoints")
-    for name in ("samples", "max_new_tokens", "batch_size", "workers", "timeout", "memory_mib"):
+    if options.out is None and not options.all_checkpoints:
+        raise ValueError("--out DIR is needed, a directory for the results")
+    for name in _POSITIVE:
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if min(options.k) < 1:
@@ -145,6 +175,7 @@ def _check(options: argparse.Namespace) -> _Job:
             seed=options.seed,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
+            cuda_graphs=options.cuda_graphs,
         ),
         limits=Limits(seconds=options.timeout, memory_bytes=options.memory_mib << 20),
     )
@@ -182,12 +213,14 @@ def _evaluate_model(job: _Job, source: Path, out: Path) -> dict[str, Any]:
 
     options = job.options
     device, dtype = choose_device(options.device, options.dtype)
+    progress = progress_of(source)
     subject = {
         "model": str(source),
         "weights_sha256": _identity(source),
+        "training_tokens": None if progress is None else progress.tokens,
         "samples": options.samples,
         "dtype": str(dtype).removeprefix("torch."),
-        **{name: value for name, value in asdict(job.sampling).items() if name != "batch_size"},
+        **{name: value for name, value in asdict(job.sampling).items() if name not in _HOW},
     }
     with open_directory(out, job.settings(subject)):
         with RowFile(out / "completions.jsonl") as file:
@@ -260,48 +293,27 @@ def _progress(items: Iterable[Any], total: int, unit: str) -> Iterator[Any]:
     yield from tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
 
-def _evaluate_checkpoints(job: _Job) -> dict[str, Any]:
+def _evaluate_run(job: _Job) -> dict[str, Any]:
     """Score every checkpoint of a run, oldest first; what has results already costs nothing."""
-    from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, verify_checkpoint
-
-    run_dir = Path(job.options.model)
-    checkpoints = find_checkpoints(run_dir)[::-1]
-    if not checkpoints:
+    options = job.options
+    run_dir = Path(options.model)
+    if not options.follow and not find_checkpoints(run_dir):
         raise ValueError(f"{run_dir}: no checkpoint in it; --all-checkpoints needs a run directory")
-    points: list[tuple[int, dict[str, Any]]] = []
-    for checkpoint in checkpoints:
-        try:
-            verify_checkpoint(checkpoint)
-        except CheckpointError as error:
-            print(f"megaphi: skipping a damaged checkpoint: {error}", file=sys.stderr)
-            continue
-        tokens = _consumed_tokens(checkpoint)
-        summary = _evaluate_model(job, checkpoint, job.options.out / checkpoint.name)
-        points.append((tokens, summary))
-        if not job.options.json:
-            print(f"{checkpoint.name}, {tokens:,} tokens")
-        _tell(job, summary)
-    if not points:
-        raise CheckpointError(f"{run_dir}: none of its {len(checkpoints)} checkpoints verifies")
-    if job.options.tensorboard:
-        draw(run_dir, job.suite.name, points)
-    scores = [{"tokens": tokens, "pass@k": summary["pass@k"]} for tokens, summary in points]
-    return {**points[-1][1], "checkpoints": scores}
-
-
-def _consumed_tokens(checkpoint: Path) -> int:
-    """Tokens that a checkpoint was trained on.
-
-    Raises:
-        ValueError: it does not say (weights that were converted are from no training).
-    """
-    import yaml
-
-    from megaphi.checkpoint.files import read_json_object
-
-    for name in ("trainer.json", "config.yaml"):
-        if not (checkpoint / name).is_file():
-            raise ValueError(f"{checkpoint}: has no {name}, so its training tokens are not known")
-    samples = read_json_object(checkpoint / "trainer.json")["consumed_samples"]
-    recipe = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
-    return int(samples) * int(recipe["data"]["sequence_length"])
+    curve = Curve(
+        run_dir=run_dir,
+        out=options.out or run_dir / "evaluations" / job.suite.name,
+        suite_name=job.suite.name,
+        evaluate=lambda checkpoint, out: _evaluate_model(job, checkpoint, out),
+        every_steps=options.every_steps,
+    )
+    found = curve.follow(options.poll_seconds) if options.follow else curve.score_all()
+    summary: dict[str, Any] | None = None
+    for checkpoint, summary in found:
+        if not options.json:
+            print(f"{checkpoint.name}, {summary['training_tokens']:,} tokens")
+            print(render(summary), flush=True)
+        if options.follow:
+            curve.record(summary, tensorboard=True)
+    if summary is None:
+        raise CheckpointError(f"{run_dir}: no checkpoint of it could be scored")
+    return {**summary, "checkpoints": curve.record(summary, tensorboard=options.tensorboard)}

@@ -1,46 +1,157 @@
-"""`megaphi generate MODEL --prompt TEXT`: complete a text with a trained model."""
+"""`megaphi generate MODEL --prompt TEXT`: complete texts with a trained model.
+
+A FILE.jsonl with {"prompt": …} on each line is completed in batches, and one JSON object is printed
+for each completion, in the order of the file, with the other keys of its line. What is printed does
+not depend on --batch-size, but for ties that rounding may tip.
+"""
 
 import argparse
+import hashlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
+    from megaphi.generate import Completion
+    from megaphi.generate.loop import Settings
+    from megaphi.model.phi import Phi
+
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
+# A person watches: a GPU's tokens are looked at more often than a batch needs.
+_BUNCH_FOR_STREAM = 4
 
 
 def _parser() -> argparse.ArgumentParser:
     """The options of the verb."""
-    parser = argparse.ArgumentParser(prog="megaphi generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="megaphi generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", metavar="MODEL", help="run, checkpoint or Hugging Face directory")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to continue")
-    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the text from a file")
+    text.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="read the text, or .jsonl: many prompts"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: most probable token")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="of each prompt")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="auto: bf16 on a GPU")
+    parser.add_argument("--cuda-graphs", choices=("auto", "never"), default="auto")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the model's own")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a completion")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the text as it grows (default: on a terminal, for one completion)",
+    )
     return parser
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One completion that is asked for."""
+
+    where: str
+    """File and line, or the option, for messages."""
+    row: dict[str, Any]
+    """What is printed with it, `prompt` among it."""
+    sample: int
+    seed: int
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit status."""
     options = _parser().parse_args(argv)
-    prompt = options.prompt
-    if options.prompt_file is not None:
-        prompt = options.prompt_file.read_text(encoding="utf-8")
+    requests = _requests(options)
+    as_json = options.json or _is_list(options.prompt_file)
+    if options.stream and (as_json or len(requests) != 1):
+        raise ValueError("--stream is for one completion as text, without --json")
+    streams = options.stream
+    if streams is None:
+        streams = not as_json and len(requests) == 1 and sys.stdout.isatty()
+    try:
+        _complete(options, requests, as_json=as_json, streams=streams)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader, such as `head`, has what it wants; nothing may be left for Python to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
+
+def _is_list(path: Path | None) -> bool:
+    """Whether a prompt file holds one prompt a line."""
+    return path is not None and path.suffix == ".jsonl"
+
+
+def _requests(options: argparse.Namespace) -> list[_Request]:
+    """Check the options and say what is asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: an option or a line of the file is not as it must be.
+    """
+    for name in ("samples", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+    if options.samples > 1 and options.temperature == 0:
+        raise ValueError(
+            f"--samples {options.samples} at temperature 0 are all the same; give --temperature 0.8"
+        )
+    if "" in options.stop:
+        raise ValueError("--stop must not be empty")
+    rows = [("--prompt", {"prompt": options.prompt})]
+    if _is_list(options.prompt_file):
+        rows = list(_read_prompts(options.prompt_file))
+    elif options.prompt_file is not None:
+        text = options.prompt_file.read_text(encoding="utf-8")
+        rows = [(str(options.prompt_file), {"prompt": text})]
+    return [
+        _Request(where, row, sample, _seed(options.seed, number, sample))
+        for number, (where, row) in enumerate(rows)
+        for sample in range(options.samples)
+    ]
+
+
+def _read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of prompts, each with where it stands."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f'{path}: line {number} must be an object with a text "prompt"')
+        yield f"{path}: line {number}", row
+
+
+def _seed(seed: int, prompt: int, sample: int) -> int:
+    """Seed of one completion; the batch that it is made in does not matter."""
+    digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _complete(
+    options: argparse.Namespace, requests: Sequence[_Request], *, as_json: bool, streams: bool
+) -> None:
+    """Generate and print."""
     from megaphi.checkpoint.tokenizer_files import end_of_text_id, find_tokenizer
     from megaphi.checkpoint.weights import load_source, resolve_model
-    from megaphi.generate import generate
 
     device, dtype = choose_device(options.device, options.dtype)
     source = resolve_model(options.model)
@@ -48,40 +159,95 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(tokenizer_dir, source)
     loaded = load_source(source, device=device, dtype=dtype)
     eos_id = end_of_text_id(tokenizer_dir, loaded.config.vocab_size)
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    if not prompt_ids and eos_id is None:
-        raise ValueError("the prompt has no token and the tokenizer no end of text to start from")
-
-    printer = _Printer(tokenizer) if not options.json and sys.stdout.isatty() else None
-    if printer is not None:
-        print(prompt, end="", flush=True)
-    (completion_ids,) = generate(
-        loaded.model,
+    room = loaded.config.max_sequence_length - options.max_new_tokens
+    prompts = []
+    for request in requests:
+        ids = tokenizer.encode(request.row["prompt"], add_special_tokens=False).ids
+        if not ids and eos_id is None:
+            raise ValueError(
+                f"{request.where}: the prompt has no token and the tokenizer no end of text to "
+                "start from"
+            )
+        if len(ids) > room:
+            raise ValueError(
+                f"{request.where}: the prompt has {len(ids)} tokens; with --max-new-tokens "
+                f"{options.max_new_tokens} that is more than the model's "
+                f"{loaded.config.max_sequence_length}"
+            )
         # an empty prompt starts where a document starts
-        [prompt_ids or [eos_id or 0]],
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        eos_id=eos_id,
-        stop=printer,
-    )
-    completion = tokenizer.decode(completion_ids, skip_special_tokens=False)
-    if options.json:
-        result = {
-            "model": str(loaded.source),
-            "prompt": prompt,
-            "completion": completion,
-            "prompt_tokens": len(prompt_ids),
-            "completion_tokens": len(completion_ids),
-            "finish_reason": "length" if len(completion_ids) == options.max_new_tokens else "stop",
+        prompts.append(ids or [eos_id or 0])
+
+    for first in range(0, len(requests), options.batch_size):
+        part = slice(first, first + options.batch_size)
+        settings: Settings = {
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "seed": [request.seed for request in requests[part]],
+            "eos_id": eos_id,
+            "cuda_graphs": options.cuda_graphs,
         }
-        print(json.dumps(result))
-    elif printer is not None:
-        printer.finish(completion)
-    else:
-        print(prompt + completion)
-    return 0
+        if streams:
+            print(requests[0].row["prompt"], end="", flush=True)
+            _stream(loaded.model, prompts, tokenizer, options, settings)
+            return
+        from megaphi.generate import generate_text
+
+        completions = generate_text(
+            loaded.model,
+            prompts[part],
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
+            max_new_tokens=options.max_new_tokens,
+            stops=options.stop,
+            **settings,
+        )
+        for request, ids, completion in zip(
+            requests[part], prompts[part], completions, strict=True
+        ):
+            if as_json:
+                print(json.dumps(_result(source, request, ids, completion)), flush=True)
+                continue
+            if len(requests) > 1:
+                print(f"--- sample {request.sample + 1} of {options.samples} ---")
+            print(request.row["prompt"] + completion.text, flush=True)
+
+
+def _result(
+    source: Path, request: _Request, prompt_ids: list[int], completion: "Completion"
+) -> dict[str, Any]:
+    """A completion as a JSON object."""
+    return {
+        **request.row,
+        "model": str(source),
+        "sample": request.sample,
+        "completion": completion.text,
+        "prompt_tokens": len(prompt_ids) if request.row["prompt"] else 0,
+        "completion_tokens": completion.num_tokens,
+        "finish_reason": completion.finish,
+    }
+
+
+def _stream(
+    model: "Phi",
+    prompts: list[list[int]],
+    tokenizer: Any,
+    options: argparse.Namespace,
+    settings: "Settings",
+) -> None:
+    """Print one completion as it grows."""
+    from megaphi.generate import stream_text
+
+    if model.embedding is not None and model.embedding.tokens.weight.is_cuda:
+        settings["bunch"] = _BUNCH_FOR_STREAM
+    for event in stream_text(
+        model,
+        prompts,
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
+        max_new_tokens=options.max_new_tokens,
+        stops=options.stop,
+        **settings,
+    ):
+        print(event.text, end="", flush=True)
+    print()
 
 
 def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
@@ -126,23 +292,3 @@ def load_tokenizer(tokenizer_dir: Path | None, source: Path) -> Any:
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-class _Printer:
-    """A `stop` callback that prints the text as it grows and never stops."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.printed = ""
-
-    def __call__(self, _: int, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-        # a character may need several tokens; half of one decodes to U+FFFD
-        if not text.endswith("\ufffd"):
-            self.finish(text, end="")
-        return False
-
-    def finish(self, text: str, end: str = "\n") -> None:
-        """Print what is left of the whole text."""
-        print(text.removeprefix(self.printed), end=end, flush=True)
-        self.printed = text

@@ -116,6 +116,21 @@ def attention(
     return attended_bhqk
 
 
+def attention_of_one(
+    query_bh1k: Tensor, key_bhsk: Tensor, value_bhsk: Tensor, key_mask_bs: Tensor | None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(k)) V of one query in each row: a step of decoding from a cache.
+
+    No mask is made here: the query sees every key that `key_mask_bs` (bool, None: all) lets it see,
+    at least one. The shapes are all that a CUDA graph would record.
+
+    Returns:
+        [b, h, 1, k] in the dtype of the query.
+    """
+    mask_b11s = None if key_mask_bs is None else key_mask_bs[:, None, None]
+    return F.scaled_dot_product_attention(query_bh1k, key_bhsk, value_bhsk, attn_mask=mask_b11s)
+
+
 def visible_keys(
     num_queries: int,
     num_keys: int,

@@ -35,8 +35,9 @@ from kernels import ops
 from kernels.ops import DropoutSeed
 from megaphi.config import Model
 from megaphi.data.documents import Documents
-from megaphi.model.attention import HeadPart, attention
+from megaphi.model.attention import HeadPart, attention, attention_of_one
 from megaphi.model.attention_backends import Backend
+from megaphi.model.cache import BlockCache
 from megaphi.model.linear import MakeLinear, make_linear
 from megaphi.model.rotary import rotary_tables
 from megaphi.parallel.axes import Axes
@@ -55,30 +56,6 @@ def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
     Random numbers need no care: dropout is a function of the place in the run.
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-@dataclass
-class BlockCache:
-    """Keys and values of one block while a text is generated.
-
-    key_bhsk and value_bhsk are preallocated for the longest text; the first `length` positions are
-    filled. `key_mask_bs` is False where a position is left padding.
-    """
-
-    key_bhsk: Tensor
-    value_bhsk: Tensor
-    length: int
-    key_mask_bs: Tensor | None
-
-    def extend(self, key_bhtk: Tensor, value_bhtk: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append t positions and return all keys, values and the mask so far."""
-        end = self.length + key_bhtk.shape[2]
-        assert end <= self.key_bhsk.shape[2], "the cache is full"
-        self.key_bhsk[:, :, self.length : end] = key_bhtk
-        self.value_bhsk[:, :, self.length : end] = value_bhtk
-        self.length = end
-        mask_bs = None if self.key_mask_bs is None else self.key_mask_bs[:, :end]
-        return self.key_bhsk[:, :, :end], self.value_bhsk[:, :, :end], mask_bs
 
 
 @dataclass(frozen=True)
@@ -243,6 +220,8 @@ class Block(nn.Module):
             key_mask_bs = None
             if cache is not None:
                 key_bhsk, value_bhsk, key_mask_bs = cache.extend(key_bhsk, value_bhsk)
+                if query_bhtk.shape[2] == 1:
+                    return attention_of_one(query_bhtk, key_bhsk, value_bhsk, key_mask_bs)
             return attention(
                 query_bhtk,
                 key_bhsk,

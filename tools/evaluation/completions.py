@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tools.evaluation.store import Key
 from tools.evaluation.suites import Problem, Suite
@@ -30,6 +30,7 @@ class Sampling:
     seed: int = 0
     max_new_tokens: int = 512
     batch_size: int = 32
+    cuda_graphs: Literal["auto", "never"] = "auto"
 
     def row_seed(self, key: Key) -> int:
         """Seed of one completion; it depends on neither batch nor order."""
@@ -165,11 +166,13 @@ class PhiBackend:
         sampling: Sampling,
     ) -> list[list[int]]:
         """New tokens of each row; a row ends when a stop text appears."""
-        from megaphi.generate import generate
+        from megaphi.generate import TextRow, generate
+
+        texts = [TextRow(self.decode, stops_of_row) for stops_of_row in stops]
 
         def stop(row: int, tokens: list[int]) -> bool:
-            tail = self.decode(tokens[-_TAIL_TOKENS:])
-            return any(text in tail for text in stops[row])
+            texts[row].add(tokens[-1])
+            return texts[row].stopped
 
         return generate(
             self._model,
@@ -180,6 +183,7 @@ class PhiBackend:
             seed=seeds,
             eos_id=self._eos_id,
             stop=stop,
+            cuda_graphs=sampling.cuda_graphs,
         )
 
 
