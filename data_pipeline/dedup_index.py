@@ -68,7 +68,7 @@ def _number(value: Json) -> float:
 
 def index_part(task: IndexTask) -> dict[str, Json]:
     """Index one part: `digests`, `ranks`, `ids` and, for near duplicates, signatures and bands."""
-    start_shard(task.directory)
+    attempt = start_shard(task.directory)
     digests: list[bytes] = []
     ranks: list[tuple[float, float, int]] = []
     ids: list[bytes] = []
@@ -97,14 +97,13 @@ def index_part(task: IndexTask) -> dict[str, Json]:
         arrays["bands"] = band_keys(arrays["signatures"], task.bands, task.rows)
         arrays["worded"] = np.concatenate(worded)
     for name, array in arrays.items():
-        np.save(task.directory / f"{name}.npy", array, allow_pickle=False)
+        np.save(attempt / f"{name}.npy", array, allow_pickle=False)
     result: dict[str, Json] = {
         "documents": len(ids),
         "part": [{"name": f"{name}.npy"} for name in arrays],
         "rejected": [],
     }
-    finish_shard(task.directory, result)
-    return result
+    return finish_shard(attempt, task.directory, result)
 
 
 def _text_batches(shard: PartShard) -> Iterator[list[Record]]:

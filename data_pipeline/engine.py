@@ -1,12 +1,11 @@
-"""Runs a stage: shards of work on a pool of processes, each document accounted for.
+"""Runs a stage: shards of work in parallel, each document accounted for.
 
 A stage is a pure function from a shard's documents to records and rejects; it is sharded by file,
-so the output does not depend on how many processes work on it or in which order they finish. The
-engine counts what goes in and what comes out on both sides of the function and refuses to publish
-when a document is missing: in = out + rejected.
+so the output does not depend on how many processes or machines work on it (`executors.py`) or in
+which order they finish. The engine counts what goes in and what comes out on both sides of the
+function and refuses to publish when a document is missing: in = out + rejected.
 """
 
-import shutil
 import sys
 import time
 from collections import Counter
@@ -16,10 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.jsonl import LineWriter
 from data_pipeline.output import (
     MANIFEST_NAME,
     Manifest,
+    OtherOutput,
     WorkDirectory,
     check_target,
     finish_shard,
@@ -29,7 +30,6 @@ from data_pipeline.output import (
     start_shard,
     write_manifest,
 )
-from data_pipeline.pool import run_tasks
 from data_pipeline.records import Json, Lineage, Record, Reject, digest, record_line
 from megaphi.errors import RunError, TooManyRejects
 
@@ -128,12 +128,12 @@ class _PartWriter:
 def _run_shard(task: tuple[Stage, Any, Path]) -> dict[str, Json]:
     """Run one shard and leave its files and its result in its directory."""
     stage, shard, directory = task
-    start_shard(directory)
+    attempt = start_shard(directory)
     tally, lineage = Tally(), stage.lineage
     rejected: Counter[str] = Counter()
     records_out = text_bytes = 0
-    parts = _PartWriter(directory, "part", ".jsonl.zst" if stage.compress else ".jsonl")
-    rejects = _PartWriter(directory, "rejected", ".jsonl")
+    parts = _PartWriter(attempt, "part", ".jsonl.zst" if stage.compress else ".jsonl")
+    rejects = _PartWriter(attempt, "rejected", ".jsonl")
     try:
         for outcome in stage.function(shard, stage.config, tally):
             if isinstance(outcome, Reject):
@@ -157,8 +157,7 @@ def _run_shard(task: tuple[Stage, Any, Path]) -> dict[str, Json]:
         "part": parts.entries(),
         "rejected": rejects.entries(),
     }
-    finish_shard(directory, result)
-    return result
+    return finish_shard(attempt, directory, result)
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:
@@ -202,7 +201,8 @@ class Options:
     """How a stage is run; nothing here changes its output.
 
     Attributes:
-        workers: number of processes.
+        workers: number of processes on this machine, where `executor` is not given.
+        executor: how shards are run; None for processes on this machine.
         max_reject: largest share of refused documents, 0 to 1, at which the output is published.
         overwrite: replace an output that was made from other inputs or options.
         libraries: distributions whose versions the manifest records.
@@ -210,6 +210,7 @@ class Options:
     """
 
     workers: int = 1
+    executor: Executor | None = None
     max_reject: float = 0.5
     overwrite: bool = False
     libraries: tuple[str, ...] = ()
@@ -220,6 +221,11 @@ class Options:
             raise ValueError(f"--workers {self.workers}: at least 1 is needed")
         if not 0 <= self.max_reject <= 1:
             raise ValueError(f"--max-reject {self.max_reject}: must be a share from 0 to 1")
+
+    @property
+    def runner(self) -> Executor:
+        """How shards are run."""
+        return self.executor or LocalExecutor(self.workers)
 
 
 def run_stage(
@@ -241,13 +247,15 @@ def run_stage(
         ValueError: `out` holds something else and `overwrite` is not set.
         TooManyRejects: more than `max_reject` was refused; the output lies in `OUT.rejected`.
         RunError: nothing was kept, a document is unaccounted for, or a worker died.
+        ShardsLeft: the executor leaves shards to others.
     """
     reusable = _reusable(stage, work, out, options, seed)
     if reusable is not None:
         return reusable, True
     started = time.monotonic()
     plan = digest([stage.name, stage.version, stage.config, stage.compress, seed, work.fingerprint])
-    directory = WorkDirectory(out.with_name(out.name + ".partial"), plan)
+    partial = out.with_name(out.name + ".partial")
+    directory = WorkDirectory(partial, plan, shared=options.runner.shared)
     try:
         work.prepare()
         results = _run_shards(stage, work, directory, options)
@@ -255,7 +263,8 @@ def run_stage(
         work.finish(directory.path, [result.get("notes", []) for result in results])
         run = {
             "seconds": round(time.monotonic() - started, 3),
-            "workers": options.workers,
+            "engine": options.runner.name,
+            "workers": options.runner.workers,
             "resumed": directory.resumed,
             "versions": library_versions(options.libraries),
         }
@@ -281,7 +290,7 @@ def _reusable(
         inputs = work.identify()
         if manifest.key == stage_key(stage.name, stage.version, stage.config, seed, inputs):
             return manifest
-    raise ValueError(
+    raise OtherOutput(
         f"{out}: holds the output of other inputs or options; "
         "choose another --out, or pass --overwrite to replace it"
     )
@@ -291,16 +300,10 @@ def _run_shards(
     stage: Stage, work: Work, directory: WorkDirectory, options: Options
 ) -> list[dict[str, Json]]:
     """Run the shards that are not done yet; return all results in order."""
-    results = [directory.finished(index) for index in range(len(work.shards))]
-    missing = [index for index, result in enumerate(results) if result is None]
-    tasks = [(stage, work.shards[index], directory.shard_directory(index)) for index in missing]
-    done = len(results) - len(missing)
-    for index, result in zip(missing, run_tasks(_run_shard, tasks, options.workers), strict=True):
-        results[index] = result
-        done += 1
-        options.on_shard(done, len(results))
-    complete = [result for result in results if result is not None]
-    assert len(complete) == len(work.shards)
+    tasks = [
+        (stage, shard, directory.shard_directory(index)) for index, shard in enumerate(work.shards)
+    ]
+    complete = run_shards(_run_shard, tasks, directory, options.runner, options.on_shard)
     for index, result in enumerate(complete):
         accounted = result["records_out"] + sum(result["reasons"].values())
         if result["records_in"] != accounted:
@@ -324,8 +327,6 @@ def _gather(
         reasons.update(result["reasons"])
     parts = number_parts(directory, results, "part")
     rejects = number_parts(directory, results, "rejected")
-    for index in range(len(results)):
-        shutil.rmtree(directory.shard_directory(index))
     return Manifest(
         stage=stage.name,
         version=stage.version,

@@ -13,6 +13,11 @@ Every document read ends in exactly one of kept and rejected. The checks, in thi
     nul, surrogate    characters that no source file holds and no tokenizer takes
     empty, too_small  nothing but white space; fewer than `min_bytes`
     long_word         more than 65,536 characters without white space
+    opted_out         its repository is on the opt-out list
+    license           its licence is not on the allow-list, or not known
+
+Archives, the Stack Exchange dump and programming contests have reasons of their own: see
+`archives.py`, `stackoverflow.py` and `code_contests.py`.
 
 `long_word` bounds tokenization: byte-pair encoding is slower than linear in the length of a word
 (0.8 s for 1 MB, 13 s for 4 MB), and such words are embedded data, not code.
@@ -20,51 +25,48 @@ Every document read ends in exactly one of kept and rejected. The checks, in thi
 
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
 
+from data_pipeline.code_contests import COLUMNS, is_contest_row
 from data_pipeline.engine import Stage, Tally, Work
-from data_pipeline.records import Json, Record, Reject, digest, record_id
+from data_pipeline.ingest_documents import (
+    TextRules,
+    archive_outcomes,
+    python_outcome,
+    row_outcome,
+)
+from data_pipeline.licenses import FilterFiles, load_filters, load_same_filters
+from data_pipeline.output import write_json
+from data_pipeline.records import Json, Record, Reject, digest, reject_at
+from data_pipeline.rows import Span, first_row, read_rows, split_file, text_field
 from data_pipeline.sources import (
     Source,
     SourceFile,
     content_sha256,
     find_source,
-    find_text_field,
     printable,
     read_bytes,
-    read_rows,
-    reject_at,
 )
-from data_pipeline.text import LONG_WORD, DocumentError, check_text, decode_python
+from data_pipeline.stackoverflow import PostOptions, TextLimits, read_posts
+from data_pipeline.text import LONG_WORD, DocumentError
 
-VERSION = "1"
+VERSION = "2"
 SHARD_BYTES = 32 * 2**20  # small files are gathered to shards of this size
 SHARD_FILES = 20_000
-MAX_NESTING = 100  # of the other fields of a row
 DEFAULT_MAX_BYTES = 2**20  # The Stack, too, drops files above 1 MB
 NOTES = (
     "a UTF-8 byte order mark is dropped",
     "carriage return + line feed becomes line feed",
 )
 
-# Names of the same thing in The Stack (v1, v2), codeparrot and others -> ours.
-_ALIASES = {
-    "repo": ("repo", "max_stars_repo_name", "repo_name"),
-    "path": ("path", "max_stars_repo_path", "file_path"),
-    "revision": ("revision", "max_stars_repo_head_hexsha", "revision_id", "commit"),
-    "license": ("license", "max_stars_repo_licenses", "detected_licenses", "licenses"),
-    "lang": ("lang", "language"),
-    "url": ("url",),
-}
-# Keys that later stages write, kept as they are when records come back through ingest.
-_STAGE_KEYS = ("quality", "gen", "dup", "decon", "problem", "solution", "lineage")
-
-
-Unit = tuple[int, SourceFile, str | None]  # index of the source, file, its text field
+Format = Literal["auto", "stack", "code-contests", "stackoverflow"]
+FORMATS: tuple[Format, ...] = ("auto", "stack", "code-contests", "stackoverflow")
+_LABELS = {"stack": "stack", "code-contests": "code_contests", "stackoverflow": "stackoverflow"}
+_STACK_FIELDS = ("max_stars_repo_name", "repo_name")  # version 1, version 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +74,35 @@ class IngestOptions:
     """What the output of ingest depends on, besides its sources.
 
     Attributes:
-        source: label of the records.
+        source: label of the records; None takes that of the format: `stack`, `code_contests`,
+            `stackoverflow`, else `local`.
+        format: of the sources; `auto` tells contests and Stack Exchange dumps by their content.
         text_field: field of the text in rows; None takes the first of content, text, code.
         min_bytes: smallest text, UTF-8 bytes.
         max_bytes: largest text.
         limit: stop after this many documents read, kept or not; None reads all.
         exclude: patterns of names of files and folders that are not looked at.
+        filters: allow-list of licences and opt-out list.
+        tags: of Stack Exchange: a question is wanted that has one of these.
+        min_score: lowest score of an answer that is not the accepted one.
+        max_answers: most answers of a question.
+        site: host of the dump's site.
+        max_solutions: most solutions of a contest problem.
     """
 
-    source: str = "local"
+    source: str | None = None
+    format: Format = "auto"
     text_field: str | None = None
     min_bytes: int = 1
     max_bytes: int = DEFAULT_MAX_BYTES
     limit: int | None = None
     exclude: Sequence[str] = ()
+    filters: FilterFiles = field(default_factory=FilterFiles)
+    tags: Sequence[str] = ("python",)
+    min_score: int = 1
+    max_answers: int = 3
+    site: str = "stackoverflow.com"
+    max_solutions: int = 3
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_bytes <= self.max_bytes:
@@ -93,17 +110,58 @@ class IngestOptions:
                 f"--min-bytes {self.min_bytes} --max-bytes {self.max_bytes}: "
                 "must be 0 or more, the first not above the second"
             )
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit {self.limit}: must be 1 or more")
-        if not self.source or not self.source.isprintable():
-            raise ValueError(f"--source {self.source!r}: must be a printable label")
+        for name in ("limit", "max_answers", "max_solutions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        for name in ("source", "site"):
+            value = getattr(self, name)
+            if value is not None and (not value or not value.isprintable()):
+                raise ValueError(f"--{name} {value!r}: must be printable and not empty")
+        if self.format not in FORMATS:
+            raise ValueError(f"--format {self.format}: not one of {', '.join(FORMATS)}")
+        if not self.tags:
+            raise ValueError("--tags: at least one is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One file of a source, or a piece of a large one.
+
+    Attributes:
+        source: index of the source.
+        file: the file.
+        format: how its rows are read: `text`, or one of `FORMATS`.
+        field: its text field, for rows of text.
+        span: the piece, None for the whole.
+        label: of the records.
+    """
+
+    source: int
+    file: SourceFile
+    format: str
+    field: str | None = None
+    span: Span | None = None
+    label: str
+
+    @property
+    def size(self) -> int:
+        """Bytes, as far as they say how much work it is."""
+        pieces = self.span is not None and self.file.kind == "jsonl"
+        return self.span.stop - self.span.start if self.span and pieces else self.file.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the whole of its file or the first piece."""
+        return self.span is None or self.span.start == 0
 
 
 @dataclass(frozen=True)
 class IngestShard:
-    """Consecutive files of the sources."""
+    """Consecutive files of the sources, and how they are read."""
 
-    files: list[Unit]
+    units: list[Unit]
+    options: IngestOptions
 
 
 def plan_ingest(arguments: Sequence[str], options: IngestOptions) -> tuple[Stage, Work]:
@@ -114,30 +172,43 @@ def plan_ingest(arguments: Sequence[str], options: IngestOptions) -> tuple[Stage
         options: the stage's options.
 
     Raises:
-        FileNotFoundError: a source does not exist.
-        ValueError: a source cannot be used; the first row of a data file lacks the text field.
+        FileNotFoundError: a source, or a list of licences or repositories, does not exist.
+        ValueError: a source or list cannot be used; the first row of a data file lacks the text
+            field; a source is not of the format asked for.
     """
     sources = [
         find_source(argument, name, options.exclude)
         for argument, name in zip(arguments, _source_names(arguments), strict=True)
     ]
-    units: list[Unit] = []
-    for index, source in enumerate(sources):
-        for file in source.files:
-            is_rows = file.kind != "python" and not file.refused
-            field = find_text_field(file, options.text_field) if is_rows else None
-            units.append((index, file, field))
-    config = vars(options) | {"long_word": LONG_WORD}
+    units = [
+        unit
+        for index, source in enumerate(sources)
+        for file in source.files
+        for unit in _plan_file(index, file, options)
+    ]
+    filters = load_filters(options.filters.absolute())
+    config = {item.name: getattr(options, item.name) for item in fields(options)}
+    config |= {"long_word": LONG_WORD, "filters": filters.digests}
+    shards = [units] if options.limit else _divide(units)
+    first = [unit for unit in units if unit.is_first]
     stage = Stage(name="ingest", version=VERSION, config=config, function=ingest_shard, notes=NOTES)
     work = Work(
-        shards=[IngestShard(units)] if options.limit else _divide(units),
+        shards=[IngestShard(shard, options) for shard in shards],
         fingerprint=[
-            [index, file.name, file.size, file.mtime_ns, file.refused] for index, file, _ in units
+            [u.source, u.file.name, u.file.size, u.file.mtime_ns, u.file.refused] for u in first
         ],
         describe=lambda recorded: _describe(sources, [e for shard in recorded for e in shard]),
-        identify=lambda: _describe(sources, [_digest(unit, options.max_bytes) for unit in units]),
+        identify=lambda: _describe(sources, [_digest(unit, options.max_bytes) for unit in first]),
+        finish=_write_counts,
     )
     return stage, work
+
+
+def _write_counts(directory: Path, notes: list[list[Json]]) -> None:
+    """Put the counts of the posts of Stack Exchange dumps beside the parts."""
+    counts = [note for shard in notes for note in shard]
+    if counts:
+        write_json(directory / "posts.json", counts)
 
 
 def _source_names(arguments: Sequence[str]) -> list[str]:
@@ -150,18 +221,57 @@ def _source_names(arguments: Sequence[str]) -> list[str]:
     return names
 
 
-def _divide(units: list[Unit]) -> list[IngestShard]:
+def _plan_file(index: int, file: SourceFile, options: IngestOptions) -> list[Unit]:
+    """The pieces of a file, with what its first row says about it.
+
+    Raises:
+        ValueError: it is not of the format asked for, or lacks the text field.
+    """
+    wanted = None if options.format == "auto" else options.format
+    kind, found, name = "text", None, options.text_field
+    if file.refused:
+        pass
+    elif file.kind == "posts" or (file.path.endswith(".7z") and _holds_posts(file)):
+        kind = "stackoverflow"
+    elif file.kind in ("jsonl", "parquet", "hub"):
+        found = first_row(file)
+    if found is not None:
+        kind = _row_format(found[1], options)
+        name = text_field(*found, name) if kind != "code-contests" else None
+    if wanted not in (None, kind) and (found is not None or "stackoverflow" in (wanted, kind)):
+        raise ValueError(f"{file.path}: --format {wanted}, but it looks like {kind!r}")
+    label = options.source or _LABELS.get(wanted or kind, "local")
+    return [
+        Unit(source=index, file=file, format=kind, field=name, span=span, label=label)
+        for span in split_file(file)
+    ]
+
+
+def _row_format(row: dict[str, Json], options: IngestOptions) -> str:
+    """The format of a data file by its first row: contests are told, The Stack has to be named."""
+    if is_contest_row(row) and options.text_field is None:
+        return "code-contests"
+    is_stack = options.format == "stack" and any(field in row for field in _STACK_FIELDS)
+    return "stack" if is_stack else "text"
+
+
+def _holds_posts(file: SourceFile) -> bool:
+    from data_pipeline.sevenzip import holds_posts
+
+    return holds_posts(file.path)
+
+
+def _divide(units: list[Unit]) -> list[list[Unit]]:
     """Gather consecutive files up to `SHARD_BYTES`; a larger file is a shard of its own."""
-    shards: list[IngestShard] = []
+    shards: list[list[Unit]] = []
     size = 0
     for unit in units:
-        file_size = unit[1].size
-        full = size + file_size > SHARD_BYTES or (shards and len(shards[-1].files) >= SHARD_FILES)
-        if not shards or full:
-            shards.append(IngestShard([]))
+        full = size + unit.size > SHARD_BYTES or (shards and len(shards[-1]) >= SHARD_FILES)
+        if not shards or full or unit.span is not None:
+            shards.append([])
             size = 0
-        shards[-1].files.append(unit)
-        size += file_size
+        shards[-1].append(unit)
+        size += unit.size
     return shards
 
 
@@ -184,19 +294,19 @@ def _digest(unit: Unit, max_bytes: int) -> list[Json]:
 
     Files that are refused unread count by their name and size.
     """
-    index, file, _ = unit
+    file = unit.file
     if file.refused:
-        return [index, file.name, 0, ""]
+        return [unit.source, file.name, 0, ""]
     try:
         if file.kind == "python":
             return _bytes_digest(unit, _load(file, max_bytes))
-        return [index, file.name, file.size, content_sha256(file)]
+        return [unit.source, file.name, file.size, content_sha256(file)]
     except (OSError, DocumentError):
-        return [index, file.name, file.size, ""]
+        return [unit.source, file.name, file.size, ""]
 
 
 def _bytes_digest(unit: Unit, data: bytes) -> list[Json]:
-    return [unit[0], unit[1].name, len(data), hashlib.sha256(data).hexdigest()]
+    return [unit.source, unit.file.name, len(data), hashlib.sha256(data).hexdigest()]
 
 
 def _describe(sources: list[Source], entries: list[list[Json]]) -> list[dict[str, Json]]:
@@ -222,114 +332,62 @@ def ingest_shard(
     shard: IngestShard, config: dict[str, Any], tally: Tally
 ) -> Iterator[Record | Reject]:
     """The stage function: yield a record or a reject for each document of the shard."""
-    options = IngestOptions(**{k: v for k, v in config.items() if k != "long_word"})
-    for unit in shard.files:
-        for outcome in _read_file(unit, options, tally):
+    options = shard.options
+    filters = load_same_filters(options.filters.absolute(), config["filters"])
+    for unit in shard.units:
+        for outcome in _read_unit(unit, options, tally):
             tally.records_in += 1
-            yield outcome
+            refusal = None if isinstance(outcome, Reject) else filters.refusal(outcome)
+            if refusal is None or isinstance(outcome, Reject):
+                yield outcome
+            else:
+                where = outcome.get("repo") or outcome.get("url") or unit.file.name
+                yield Reject(outcome["id"], *refusal, where)
             if tally.records_in == options.limit:
                 return
 
 
-def _read_file(unit: Unit, options: IngestOptions, tally: Tally) -> Iterator[Record | Reject]:
-    _, file, field = unit
-    if file.kind == "python" and not file.refused:
-        yield _python_outcome(unit, options, tally)
-        return
-    tally.inputs.append(_digest(unit, options.max_bytes))
-    if file.refused:
-        yield reject_at(options.source, file.name, "not_regular_file", file.refused)
-        return
-    for position, row in read_rows(file, options.source):
-        yield row if isinstance(row, Reject) else _row_outcome(position, row, field, options)
-
-
-def _python_outcome(unit: Unit, options: IngestOptions, tally: Tally) -> Record | Reject:
-    """The record of one source file, or why there is none."""
-    file = unit[1]
-    try:
-        data = _load(file, options.max_bytes)
-    except DocumentError as error:
-        tally.inputs.append([unit[0], file.name, file.size, ""])
-        return reject_at(options.source, file.name, error.reason, error.detail)
-    tally.inputs.append(_bytes_digest(unit, data))
-    try:
-        text = check_text(decode_python(data), options.min_bytes)
-    except DocumentError as error:
-        return reject_at(options.source, file.name, error.reason, error.detail)
-    return Record(
-        id=record_id(options.source, file.name),
-        text=text,
-        source=options.source,
-        lang="Python",
-        path=file.inside,
+def _read_unit(unit: Unit, options: IngestOptions, tally: Tally) -> Iterator[Record | Reject]:
+    file = unit.file
+    rules = TextRules(
+        source=unit.label,
+        min_bytes=options.min_bytes,
+        max_bytes=options.max_bytes,
+        max_solutions=options.max_solutions,
     )
-
-
-def _row_outcome(
-    position: str, row: dict[str, Json], field: str | None, options: IngestOptions
-) -> Record | Reject:
-    """The record of one row, or why there is none."""
-    try:
-        assert field is not None
-        if field not in row:
-            raise DocumentError("missing_field", f"no field {field!r}")
-        text = row[field]
-        if not isinstance(text, str):
-            raise DocumentError("type", f"field {field!r} is {type(text).__name__}, not a string")
-        # A character has at most four bytes, so that most texts need no count of bytes here.
-        if 4 * len(text) > options.max_bytes:
-            size = len(text.encode("utf-8", "surrogatepass"))
-            if size > options.max_bytes:
-                raise DocumentError("too_large", f"{size} bytes, above {options.max_bytes}")
-        record = Record(
-            id=record_id(options.source, position),
-            text=check_text(text.removeprefix("\ufeff"), options.min_bytes),
-            source=options.source,
+    if file.kind == "python" and not file.refused:
+        yield _python_outcome(unit, rules, tally)
+        return
+    if unit.is_first:
+        tally.inputs.append(_digest(unit, options.max_bytes))
+    if file.refused:
+        yield reject_at(unit.label, file.name, "not_regular_file", file.refused)
+    elif unit.format == "stackoverflow":
+        posts = PostOptions(
+            tags=tuple(options.tags),
+            min_score=options.min_score,
+            max_answers=options.max_answers,
+            site=options.site,
         )
-        return _with_metadata(record, row, field)
-    except DocumentError as error:
-        return reject_at(options.source, position, error.reason, error.detail)
+        limits = TextLimits(min_bytes=options.min_bytes, max_bytes=options.max_bytes)
+        yield from read_posts(file, unit.label, posts, limits, tally.notes)
+    elif file.kind == "archive":
+        yield from archive_outcomes(file, options.text_field, rules)
+    else:
+        is_contest = unit.format == "code-contests"
+        columns = COLUMNS if is_contest else None
+        name = None if is_contest else unit.field
+        for position, row in read_rows(file, unit.label, unit.span, columns):
+            yield row if isinstance(row, Reject) else row_outcome(position, row, name, rules)
 
 
-def _with_metadata(record: Record, row: dict[str, Json], field: str) -> Record:
-    """Carry a row's other fields over: known ones under our names, the others in `meta`."""
-    used = {field}
-    values: dict[str, Json] = {}
-    for key, names in _ALIASES.items():
-        name = next((name for name in names if row.get(name)), None)
-        if name is None:
-            continue
-        value = row[name]
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            value = " AND ".join(value)
-        if isinstance(value, str):
-            values[key] = value
-            used.add(name)
-    for key in _STAGE_KEYS:
-        if key in row:
-            values[key] = row[key]
-            used.add(key)
-    meta = {key: value for key, value in row.items() if key not in used and value is not None}
-    if meta:
-        values["meta"] = meta
-    if _nesting(values) > MAX_NESTING:
-        raise DocumentError("json", f"nested more than {MAX_NESTING} deep")
-    # Parquet and hub rows may hold dates and the like, which JSON has not, and numbers such as NaN.
-    text = json.dumps(values, ensure_ascii=False, default=str)
+def _python_outcome(unit: Unit, rules: TextRules, tally: Tally) -> Record | Reject:
+    """The record of one source file, or why there is none."""
+    file = unit.file
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DocumentError("surrogate", "a field beside the text holds half a character") from None
-    values = json.loads(text, parse_constant=lambda name: None)
-    return cast(Record, {**record, **values})
-
-
-def _nesting(value: Json) -> int:
-    """How many lists and objects lie inside each other; without recursion, since input decides."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        children = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [child for group in children for child in group if isinstance(child, dict | list)]
-    return depth
+        data = _load(file, rules.max_bytes)
+    except DocumentError as error:
+        tally.inputs.append([unit.source, file.name, file.size, ""])
+        return reject_at(unit.label, file.name, error.reason, error.detail)
+    tally.inputs.append(_bytes_digest(unit, data))
+    return python_outcome(data, file.name, file.inside, rules)

@@ -34,7 +34,7 @@ def _zstandard() -> Any:
     return zstandard
 
 
-class _ZstdReader(io.RawIOBase):
+class ZstdReader(io.RawIOBase):
     """The decompressed bytes of a .zst file of one or more frames.
 
     Unlike zstandard's own stream reader, a file that stops inside a frame is an error and not an
@@ -50,9 +50,11 @@ class _ZstdReader(io.RawIOBase):
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
+        """Yes."""
         return True
 
     def readinto(self, buffer: object) -> int:
+        """Fill a buffer with the next bytes; returns their number, 0 at the end."""
         while not self._ready:
             chunk = self._input or self._stream.read(ZSTD_FEED_BYTES)
             self._input = b""
@@ -76,6 +78,7 @@ class _ZstdReader(io.RawIOBase):
         return count
 
     def close(self) -> None:
+        """Close the compressed stream, too."""
         self._stream.close()
         super().close()
 
@@ -90,28 +93,51 @@ def open_jsonl(path: Path) -> BinaryIO:
     stream = path.open("rb", buffering=READ_BYTES)
     if path.suffix != ZSTD_SUFFIX:
         return stream
-    return cast(BinaryIO, io.BufferedReader(_ZstdReader(stream, str(path)), READ_BYTES))
+    return buffered(cast(BinaryIO, ZstdReader(stream, str(path))))
 
 
-def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def buffered(stream: BinaryIO) -> BinaryIO:
+    """A raw stream with a buffer, so that lines can be read of it."""
+    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), READ_BYTES))
+
+
+def read_lines(
+    stream: BinaryIO, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, bytes | None]]:
     """Yield (byte offset, line without its line feed) of a JSONL byte stream, in bounded memory.
 
     A line longer than `MAX_LINE_BYTES` is yielded as None and skipped up to its line feed. Blank
     lines are not yielded; a last line without line feed is. A carriage return before the line feed
     stays, which JSON takes for white space.
+
+    Args:
+        stream: the bytes; it must be able to seek if `start` is not 0.
+        start: yield the lines that begin at this byte or later.
+        stop: and before this one; None reads to the end.
     """
-    offset = 0
-    while line := stream.readline(MAX_LINE_BYTES):
-        start = offset
+    offset = start
+    if start:
+        # From the byte before: if that is a line feed, a line begins exactly at `start`.
+        stream.seek(start - 1)
+        offset += _skip_line(stream) - 1
+    while (stop is None or offset < stop) and (line := stream.readline(MAX_LINE_BYTES)):
+        begin = offset
         offset += len(line)
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while rest := stream.readline(READ_BYTES):
-                offset += len(rest)
-                if rest.endswith(b"\n"):
-                    break
-            yield start, None
+            offset += _skip_line(stream)
+            yield begin, None
         elif line.strip():
-            yield start, line.removesuffix(b"\n")
+            yield begin, line.removesuffix(b"\n")
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read past the next line feed, or to the end; returns the number of bytes."""
+    skipped = 0
+    while rest := stream.readline(READ_BYTES):
+        skipped += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return skipped
 
 
 class LineWriter:

@@ -1,16 +1,25 @@
 """Records directories on disk: built aside, described by a manifest, published by one rename.
 
 A stage that writes DIR works in `DIR.partial`, which is locked against a second process. Each
-shard of the work leaves a result file there when it is done, so that a killed stage, started again
-with the same inputs and configuration, keeps the finished shards and redoes the others. At the end
-the shards' files are numbered through, `manifest.json` is written last, and the directory is
-renamed to DIR: whatever has that name is complete.
+shard of the work is written to a directory of its attempt, which is renamed once it is done, so
+that a killed stage, started again with the same inputs and configuration, keeps the finished shards
+and redoes the others. At the end the shards' files are numbered through, `manifest.json` is written
+last, and the directory is renamed to DIR: whatever has that name is complete.
+
+A shard may be worked on twice at a time: a machine that is taken for lost can still be writing
+while its shards are redone elsewhere. Attempts never share a directory, the first that is done is
+taken, and before anything is published the folder of the shards is moved away in one step, so that
+nothing a straggler writes can end up in the output.
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import socket
+import time
+import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +33,12 @@ MANIFEST_NAME = "manifest.json"
 LOCK_NAME = "lock"
 PLAN_NAME = "plan"
 RESULT_NAME = "result.json"
+SHARDS_NAME = "shards"
+VISIBLE_SECONDS = 120  # Linux keeps what it knows of an NFS folder for up to 60 s
+
+
+class OtherOutput(ValueError):
+    """The name is taken by a finished output of other inputs or options (exit 2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,42 +173,83 @@ class WorkDirectory:
         path: the directory, created when missing.
         plan: digest of what is being built. A directory left by a killed run of the same plan is
             taken over (`resumed` is true), one of any other plan is emptied.
+        shared: work on some shards of a plan that was begun by another process, beside others.
+            The lock is shared, and nothing is emptied.
 
     Raises:
-        RunError: another process is working in it.
+        RunError: another process is working in it, or, where shared, the plan is another one.
         ValueError: there is a directory of that name that no run of ours made.
     """
 
-    def __init__(self, path: Path, plan: str) -> None:
+    def __init__(self, path: Path, plan: str, *, shared: bool = False) -> None:
         self.path = path
+        self._lock: int | None = None
+        plan_file = path / PLAN_NAME
+        if shared:
+            self._share(plan_file, plan)
+            return
         path.mkdir(parents=True, exist_ok=True)
         # A run killed just before the last rename leaves a manifest and no lock.
         ours = (path / LOCK_NAME).exists() or (path / MANIFEST_NAME).exists()
         if any(path.iterdir()) and not ours:
             raise ValueError(f"{path}: in the way of the work directory; move it or change --out")
-        lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise RunError(f"{path}: another process is writing there; wait for it") from None
-        self._lock: int | None = lock
-        plan_file = path / PLAN_NAME
+        self._take_lock(fcntl.LOCK_EX)
         self.resumed = plan_file.is_file() and plan_file.read_text(encoding="ascii") == plan
         self._clear(keep_shards=self.resumed)
+        (path / SHARDS_NAME).mkdir(exist_ok=True)
         plan_file.write_text(plan, encoding="ascii")
 
+    def _share(self, plan_file: Path, plan: str) -> None:
+        """Take a shared lock on a directory in which this plan was begun."""
+        self.resumed = True
+        if not plan_file.is_file():
+            raise RunError(f"{self.path}: nothing is planned there; submit the stage first")
+        self._take_lock(fcntl.LOCK_SH)
+        if plan_file.read_text(encoding="ascii") != plan:
+            self.release()
+            raise RunError(
+                f"{self.path}: was planned from other inputs or options than this slice sees; "
+                "submit the stage again"
+            )
+
+    def _take_lock(self, kind: int) -> None:
+        lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise RunError(f"{self.path}: another process is writing there; wait for it") from None
+        self._lock = lock
+
     def _clear(self, keep_shards: bool) -> None:
+        shards = self.path / SHARDS_NAME
+        kept = keep_shards and shards.is_dir()
+        if kept:
+            for entry in shards.iterdir():
+                # what is no number is an attempt that a killed run left
+                if not entry.name.isdecimal() or self.finished(int(entry.name)) is None:
+                    shutil.rmtree(entry)
+        else:
+            self._drop_shards()
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
-                if not keep_shards:
+                if not (kept and entry.name == SHARDS_NAME):
                     shutil.rmtree(entry)
             elif entry.name != LOCK_NAME:
                 entry.unlink()
 
+    def _drop_shards(self) -> None:
+        """Remove the shards: first out of the way of processes that may still write, by name."""
+        aside = self.path.with_name(self.path.name + ".done")
+        if aside.exists():  # left by a run that was killed right here
+            shutil.rmtree(aside)
+        if (self.path / SHARDS_NAME).exists():
+            (self.path / SHARDS_NAME).rename(aside)
+            shutil.rmtree(aside)
+
     def shard_directory(self, index: int) -> Path:
-        """Where shard `index` writes."""
-        return self.path / f"shard-{index:05d}"
+        """Where shard `index` lies once it is done."""
+        return self.path / SHARDS_NAME / f"{index:05d}"
 
     def finished(self, index: int) -> dict[str, Any] | None:
         """The result that shard `index` left when it was done, or None if it is not done.
@@ -208,11 +264,32 @@ class WorkDirectory:
         files = [entry["name"] for kind in ("part", "rejected") for entry in result[kind]]
         return result if all((directory / name).is_file() for name in files) else None
 
+    def await_shard(self, index: int) -> None:
+        """Wait until a shard that was done elsewhere is seen here.
+
+        A network file system may remember for a minute that a file was not there; listing its
+        folder makes it ask again.
+
+        Raises:
+            RunError: it is not seen in time.
+        """
+        result = self.shard_directory(index) / RESULT_NAME
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while not result.is_file():
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{result}: was written on another machine and is not seen here after "
+                    f"{VISIBLE_SECONDS} s; the output must lie in a directory that all share"
+                )
+            os.listdir(result.parent.parent)
+            time.sleep(0.1)
+
     def publish(self, target: Path) -> None:
         """Drop the work files and rename this directory to `target`, replacing an older output.
 
         The caller has made sure of `check_target(target)`.
         """
+        self._drop_shards()
         for name in (PLAN_NAME, LOCK_NAME):
             (self.path / name).unlink()
         sync(self.path)
@@ -242,17 +319,49 @@ class WorkDirectory:
             self._lock = None
 
 
-def start_shard(directory: Path) -> None:
-    """Make an empty directory for a shard, dropping what a killed run left there."""
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+def start_shard(directory: Path) -> Path:
+    """Make a directory for an attempt at a shard; `finish_shard` gives it the shard's name.
+
+    Args:
+        directory: of the shard, see `WorkDirectory.shard_directory`.
+
+    Raises:
+        RunError: this machine does not see the work directory.
+    """
+    attempt = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
+    try:
+        attempt.mkdir()
+    except FileNotFoundError:
+        raise RunError(
+            f"{directory.parent}: is not there on {socket.gethostname()}; several machines can "
+            "only work on an output in a directory that they share, under the same path"
+        ) from None
+    return attempt
 
 
-def finish_shard(directory: Path, result: dict[str, Json]) -> None:
-    """Mark a shard as done: its result file is written last, atomically."""
-    write_json(directory / RESULT_NAME, result)
-    sync(directory)
+def finish_shard(attempt: Path, directory: Path, result: dict[str, Json]) -> dict[str, Json]:
+    """Mark a shard as done; its files and its result get their place in one step.
+
+    Args:
+        attempt: as `start_shard` made it.
+        directory: of the shard.
+        result: what there is to say about it, with the names of its files under `part` and
+            `rejected`.
+
+    Returns:
+        The result: of the attempt that was done first, which may be another one.
+    """
+    write_json(attempt / RESULT_NAME, result)
+    try:
+        attempt.rename(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        first: dict[str, Json] = json.loads((directory / RESULT_NAME).read_bytes())
+        shutil.rmtree(attempt)
+        return first
+    sync(directory.parent)
+    return result
 
 
 def number_parts(work: WorkDirectory, results: list[dict[str, Json]], kind: str) -> list[PartFile]:

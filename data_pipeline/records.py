@@ -87,6 +87,11 @@ def record_id(source: str, key: str) -> str:
     return hashlib.sha256(f"{source}\0{key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
+def reject_at(source: str, position: str, reason: str, detail: str) -> Reject:
+    """A reject of something that never became a record; its id is made from the position."""
+    return Reject(record_id(source, position), reason, detail, position)
+
+
 def digest(value: Json) -> str:
     """SHA-256 of the canonical JSON of a value: the same for any order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))

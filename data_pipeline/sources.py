@@ -1,33 +1,38 @@
-"""Where raw documents come from: source trees, JSONL, Parquet, and Hugging Face data sets.
+"""Where raw documents come from: source trees, data files, archives, dumps, hub data sets.
 
-`find_source` turns a name on the command line into a `Source`, and the readers yield raw rows or
-bytes with their position. What makes a document acceptable is decided in `ingest.py`.
+`find_source` turns a name on the command line into a `Source`, a list of files of known kinds. How
+rows are read is in `rows.py`, archives are in `archives.py`, the Stack Exchange dump is in
+`stackoverflow.py`; what makes a document acceptable is decided in `ingest.py`.
 """
 
 import fnmatch
-import importlib
-import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from data_pipeline.jsonl import MAX_LINE_BYTES, file_sha256, open_jsonl, read_lines
-from data_pipeline.records import Json, Reject, digest, record_id
-from megaphi.errors import RunError
+from data_pipeline.jsonl import file_sha256
+from data_pipeline.records import digest
 
-Kind = Literal["python", "jsonl", "parquet", "hub"]
+Kind = Literal["python", "jsonl", "parquet", "archive", "posts", "hub"]
 
 SUFFIXES: dict[str, Kind] = {
     ".py": "python",
     ".jsonl": "jsonl",
     ".jsonl.zst": "jsonl",
     ".parquet": "parquet",
+    **dict.fromkeys(
+        (
+            *(".zip", ".7z", ".tar", ".tgz", ".txz", ".tbz2"),
+            *(".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst"),
+        ),
+        "archive",
+    ),
+    ".xml": "posts",
 }
-TEXT_FIELDS = ("content", "text", "code")
-PARQUET_ROWS = 256  # rows held at a time; The Stack has documents of 1 MB
+POSTS_MEMBER = "Posts.xml"  # of a 7z archive of the Stack Exchange data dump
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,8 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _kind_of(name: str) -> Kind | None:
+def kind_of(name: str) -> Kind | None:
+    """The kind of a file by the end of its name; None for one that is not read."""
     return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
 
 
@@ -74,7 +80,7 @@ def find_source(argument: str, name: str, exclude: Sequence[str] = ()) -> Source
     """Find what a SOURCE argument stands for.
 
     Args:
-        argument: a .py, .jsonl, .jsonl.zst or .parquet file, a directory, a directory made by
+        argument: a file of one of the kinds of `SUFFIXES`, a directory, a directory made by
             `datasets`, or the name of a data set on the Hugging Face hub.
         name: what its files are called in ids; unique within the run.
         exclude: patterns of names (as in a shell) of files and folders of a directory to leave out.
@@ -94,7 +100,7 @@ def find_source(argument: str, name: str, exclude: Sequence[str] = ()) -> Source
         if any(os.path.exists(os.path.join(argument, file)) for file in saved):
             return Source(argument, [SourceFile(kind="hub", path=argument, name=name)])
         return Source(argument, _find_files(argument, name, exclude))
-    kind = _kind_of(argument)
+    kind = kind_of(argument)
     if kind is None:
         raise ValueError(f"{argument}: not one of the kinds that are read: {', '.join(SUFFIXES)}")
     if not os.path.isfile(argument):
@@ -146,12 +152,12 @@ def _walk(root: str, name: str, exclude: Sequence[str], found: list[SourceFile])
             if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in exclude):
                 continue
             path = os.path.join(current, entry.name)
-            kind = _kind_of(entry.name)
+            kind = kind_of(entry.name)
             if entry.is_dir(follow_symlinks=False):
                 directories.append(path)
             elif entry.is_symlink() and os.path.isdir(entry.path):  # False for a loop
                 found.append(_entry_file(root, path, name, "python", "symbolic link to a folder"))
-            elif kind is not None:
+            elif kind is not None and kind != "posts":  # other programs write .xml, too
                 refused = "" if entry.is_file(follow_symlinks=False) else _what(entry)
                 found.append(_entry_file(root, path, name, kind, refused))
         pending.extend(reversed(directories))
@@ -178,11 +184,6 @@ def _entry_file(root: str, inside: str, name: str, kind: Kind, refused: str) -> 
     )
 
 
-def reject_at(source: str, position: str, reason: str, detail: str) -> Reject:
-    """A reject of something that never became a record; its id is made from the position."""
-    return Reject(record_id(source, position), reason, detail, position)
-
-
 def read_bytes(file: SourceFile, limit: int) -> bytes:
     """Read a whole file, never following a link nor waiting for a pipe.
 
@@ -200,120 +201,6 @@ def read_bytes(file: SourceFile, limit: int) -> bytes:
     return data
 
 
-def read_rows(file: SourceFile, source: str) -> Iterator[tuple[str, dict[str, Json] | Reject]]:
-    """Yield (position, row or reject) of a JSONL file, Parquet file or hub data set.
-
-    A file that ends early or cannot be read gives one reject `unreadable` for the rest of it.
-
-    Args:
-        file: the file.
-        source: label, for the ids of rejects.
-    """
-    readers = {"jsonl": _jsonl_rows, "parquet": _parquet_rows, "hub": _hub_rows}
-    rows = readers[file.kind](file)
-    while True:
-        try:
-            position, row = next(rows)
-        except StopIteration:
-            return
-        except OSError as error:
-            if file.kind == "hub":  # half a data set for want of a network must not pass for all
-                raise RunError(f"{file.path}: stopped while it was being read: {error}") from None
-            yield file.name, reject_at(source, file.name, "unreadable", str(error))
-            return
-        if isinstance(row, tuple):
-            yield position, reject_at(source, position, *row)
-        else:
-            yield position, row
-
-
-Row = tuple[str, dict[str, Json] | tuple[str, str]]
-
-
-def _jsonl_rows(file: SourceFile) -> Iterator[Row]:
-    with open_jsonl(Path(file.path)) as stream:
-        for offset, line in read_lines(stream):
-            position = f"{file.name}:byte {offset}"
-            if line is None:
-                yield position, ("too_large", f"line longer than {MAX_LINE_BYTES} bytes")
-                continue
-            try:
-                # Decoded here, since json.loads would also accept UTF-16. NaN is not JSON, but
-                # what pandas writes for a missing value.
-                text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
-                row = json.loads(text, parse_constant=lambda name: None)
-            except UnicodeDecodeError as error:
-                yield position, ("utf8", f"byte {offset + error.start}: {error.reason}")
-            except RecursionError:
-                yield position, ("json", "nested too deeply")
-            except ValueError as error:
-                yield position, ("json", f"from byte {offset}: {error}")
-            else:
-                if isinstance(row, dict):
-                    yield position, row
-                else:
-                    yield position, ("type", f"the line is not an object: {type(row).__name__}")
-
-
-def _parquet_rows(file: SourceFile) -> Iterator[Row]:
-    parquet = _import("pyarrow.parquet", "pyarrow", "Parquet files")
-    import pyarrow
-
-    number = 0
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-                for index in range(batch.num_rows):
-                    position = f"{file.name}:row {number}"
-                    number += 1
-                    try:
-                        yield position, batch.slice(index, 1).to_pylist()[0]
-                    except UnicodeDecodeError as error:
-                        yield position, ("utf8", str(error))
-    except pyarrow.ArrowException as error:
-        raise OSError(f"not a readable Parquet file: {error}") from None
-
-
-def _hub_rows(file: SourceFile) -> Iterator[Row]:
-    for number, row in enumerate(_load_dataset(file)):
-        yield f"{file.name}:row {number}", row
-
-
-def _load_dataset(file: SourceFile) -> Any:
-    """Open a data set of the hub for streaming, or one saved by `datasets`.
-
-    Raises:
-        ValueError: it cannot be had: offline, unknown, no such split.
-    """
-    datasets = _import("datasets", "datasets", "data sets of the Hugging Face hub")
-    name, _, split = file.path.partition(":")
-    try:
-        if os.path.isdir(file.path):
-            opened = datasets.load_from_disk(file.path)
-            return opened["train"] if isinstance(opened, dict) else opened
-        return datasets.load_dataset(name, split=split or "train", streaming=True)
-    except Exception as error:  # the hub client raises kinds of many libraries
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{file.path}: no such path here, and the hub data set could not be opened "
-            f"({type(error).__name__}: {reason}); check the name, the split and the network"
-        ) from None
-
-
-def _import(module: str, distribution: str, what: str) -> Any:
-    """Import an optional library.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(
-            f"reading {what} needs {distribution}: pip install {distribution}"
-        ) from None
-
-
 def content_sha256(file: SourceFile) -> str:
     """SHA-256 of a data file, or over the Arrow files of a saved data set; "" for a hub name.
 
@@ -324,31 +211,3 @@ def content_sha256(file: SourceFile) -> str:
         return file_sha256(Path(file.path))
     arrow = sorted(Path(file.path).rglob("*.arrow"))
     return digest([[item.name, file_sha256(item)] for item in arrow]) if arrow else ""
-
-
-def find_text_field(file: SourceFile, wanted: str | None) -> str | None:
-    """The name of the text field of a data file, decided by its first row that is an object.
-
-    Args:
-        file: the data file.
-        wanted: the field asked for; None to take the first of `content`, `text`, `code`.
-
-    Returns:
-        The field; None when no row is an object.
-
-    Raises:
-        ValueError: the first row has no such field; the fields that it has are named.
-    """
-    for position, row in read_rows(file, ""):
-        if isinstance(row, Reject):
-            continue
-        candidates = TEXT_FIELDS if wanted is None else (wanted,)
-        for field in candidates:
-            if field in row:
-                return field
-        asked = f"no field {wanted!r}" if wanted else f"none of the fields {', '.join(TEXT_FIELDS)}"
-        raise ValueError(
-            f"{position}: {asked}; the row has {', '.join(map(repr, row)) or 'no fields'}; "
-            "name the field with --text-field"
-        )
-    return None

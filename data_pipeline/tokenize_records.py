@@ -8,8 +8,9 @@ document; the disk needs room for the tokens three times while this runs. The re
 on the number of workers, and a killed run, started again, keeps the parts that were done.
 
 `PREFIX.documents.jsonl` has one line a document, in order: its index, record id, source, license,
-repository and path, so that every token can be traced to where it came from. `PREFIX.tokenizer/`
-is a copy of the tokenizer: the trainer hands it on to the run, its checkpoints and their exports.
+repository, path, revision and address, so that every token can be traced to where it came from
+(`megaphi data trace`). `PREFIX.tokenizer/` is a copy of the tokenizer: the trainer hands it on to
+the run, its checkpoints and their exports.
 """
 
 import functools
@@ -26,10 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.engine import library_versions
+from data_pipeline.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.jsonl import LineWriter
 from data_pipeline.output import (
     LOCK_NAME,
     Manifest,
+    OtherOutput,
     PartFile,
     WorkDirectory,
     check_part,
@@ -37,7 +40,6 @@ from data_pipeline.output import (
     read_manifest,
     start_shard,
 )
-from data_pipeline.pool import run_tasks
 from data_pipeline.records import Json, Record, Reject, digest, read_part
 from data_pipeline.tokenizer import DocumentTokenizer, load_tokenizer
 from megaphi.data.indexed import (
@@ -50,11 +52,11 @@ from megaphi.data.sidecar import TokenFileInfo, read_info, write_info, written_f
 from megaphi.durable import sync
 from megaphi.errors import RunError
 
-VERSION = "1"
+VERSION = "2"
 DEFAULT_SHUFFLE_SEED = 1234
 BATCH_BYTES = 4 * 2**20
 BATCH_DOCUMENTS = 1024
-PROVENANCE_KEYS = ("id", "source", "license", "repo", "path")
+PROVENANCE_KEYS = ("id", "source", "license", "repo", "path", "revision", "url")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def tokenize_records(
     *,
     shuffle_seed: int | None = DEFAULT_SHUFFLE_SEED,
     workers: int = 1,
+    executor: Executor | None = None,
     overwrite: bool = False,
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> TokenizeResult:
@@ -114,7 +117,8 @@ def tokenize_records(
         tokenizer_name: see `load_tokenizer`.
         prefix: path of the token file, without suffix.
         shuffle_seed: seed of the documents' order; None keeps the order of the records.
-        workers: processes; the result does not depend on it.
+        workers: processes on this machine, where `executor` is not given.
+        executor: how parts are encoded; the result does not depend on it.
         overwrite: replace a token file of another recipe.
         on_part: called after each part with (parts done, parts in all).
 
@@ -122,6 +126,7 @@ def tokenize_records(
         FileNotFoundError: no such records directory or tokenizer.
         ValueError: the tokenizer is unfit, or `prefix` holds another token file.
         RunError: the records are damaged, or hold nothing to encode.
+        ShardsLeft: the executor leaves parts to others.
     """
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
@@ -140,9 +145,10 @@ def tokenize_records(
     found = _reusable(prefix, partial, recipe, tokenizer, overwrite)
     if found is not None:
         return TokenizeResult(found, found.recipe["rejected"], manifest.text_bytes, backend, True)
-    work = WorkDirectory(partial, digest([recipe, tokenizer.sha256]))
+    executor = executor or LocalExecutor(workers)
+    work = WorkDirectory(partial, digest([recipe, tokenizer.sha256]), shared=executor.shared)
     try:
-        results = _encode_parts(records, manifest, tokenizer, work, workers, on_part)
+        results = _encode_parts(records, manifest, tokenizer, work, executor, on_part)
         rejected: Counter[str] = Counter()
         for result in results:
             rejected.update(result["reasons"])
@@ -191,7 +197,7 @@ def _reusable(
         if same and info.tokenizer_sha256 == tokenizer.sha256:
             IndexedDataset(prefix)  # checks that both files are whole
             return info
-    raise ValueError(
+    raise OtherOutput(
         f"{prefix}: there is another token file of this name; "
         "choose another --out, or pass --overwrite to replace it"
     )
@@ -202,28 +208,15 @@ def _encode_parts(
     manifest: Manifest,
     tokenizer: DocumentTokenizer,
     work: WorkDirectory,
-    workers: int,
+    executor: Executor,
     on_part: Callable[[int, int], None],
 ) -> list[dict[str, Json]]:
     """Encode the parts that are not done yet; return all results in order."""
-    results = [work.finished(index) for index in range(len(manifest.parts))]
-    missing = [index for index, result in enumerate(results) if result is None]
     tasks = [
-        _Task(
-            records,
-            manifest.parts[index],
-            tokenizer.name,
-            tokenizer.sha256,
-            work.shard_directory(index),
-        )
-        for index in missing
+        _Task(records, part, tokenizer.name, tokenizer.sha256, work.shard_directory(index))
+        for index, part in enumerate(manifest.parts)
     ]
-    done = len(results) - len(missing)
-    for index, result in zip(missing, run_tasks(_encode_part, tasks, workers), strict=True):
-        results[index] = result
-        done += 1
-        on_part(done, len(results))
-    return [result for result in results if result is not None]
+    return run_shards(_encode_part, tasks, work, executor, on_part)
 
 
 @functools.lru_cache(maxsize=1)
@@ -241,17 +234,17 @@ def _worker_tokenizer(name: str, sha256: str) -> DocumentTokenizer:
 
 def _encode_part(task: _Task) -> dict[str, Json]:
     """Encode one part: token file, provenance lines and rejects in the task's directory."""
-    start_shard(task.directory)
+    attempt = start_shard(task.directory)
     tokenizer = _worker_tokenizer(task.tokenizer, task.tokenizer_sha256)
     path = check_part(task.records, task.part)
     reasons: Counter[str] = Counter()
     with ExitStack() as stack:
         tokens = stack.enter_context(
-            IndexedDatasetWriter(task.directory / "tokens", optimal_dtype(tokenizer.vocab_size))
+            IndexedDatasetWriter(attempt / "tokens", optimal_dtype(tokenizer.vocab_size))
         )
         # Provenance lines as "documents" of bytes: the same random access as for the tokens.
-        lines = stack.enter_context(IndexedDatasetWriter(task.directory / "lines", np.uint8))
-        rejects = stack.enter_context(LineWriter(task.directory / "rejected.jsonl"))
+        lines = stack.enter_context(IndexedDatasetWriter(attempt / "lines", np.uint8))
+        rejects = stack.enter_context(LineWriter(attempt / "rejected.jsonl"))
 
         def reject(record: Record, where: str, reason: str, detail: str) -> None:
             reasons[reason] += 1
@@ -275,8 +268,7 @@ def _encode_part(task: _Task) -> dict[str, Json]:
         ],
         "rejected": [{"name": "rejected.jsonl"}],
     }
-    finish_shard(task.directory, result)
-    return result
+    return finish_shard(attempt, task.directory, result)
 
 
 def _batches(

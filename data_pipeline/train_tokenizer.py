@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from data_pipeline.output import (
     MANIFEST_NAME,
     Manifest,
+    OtherOutput,
     WorkDirectory,
     check_part,
     check_target,
@@ -126,7 +127,7 @@ def _reused(out: Path, recipe: dict[str, Json]) -> TrainedTokenizer:
     found = json.loads((out / MANIFEST_NAME).read_bytes())
     made = found.pop("result", None)
     if found != recipe or made is None:
-        raise ValueError(
+        raise OtherOutput(
             f"{out}: holds the output of other inputs or options; "
             "choose another --out, or pass --overwrite to replace it"
         )

@@ -20,37 +20,31 @@ make_environment data eval
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
 megaphi() { "$PYTHON" -m tools.cli "$@"; }
 
-say "1/6 ingest: the standard library of $("$PYTHON" --version) -> $out/records"
+say "1/4 corpus: the standard library of $("$PYTHON" --version) -> records, tokenizer, tokens"
 library="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
-megaphi data ingest "$library" --exclude site-packages --exclude dist-packages \
-    --source stdlib --out "$out/records"
+megaphi data run launch/recipes/quickstart-data.yaml --work "$out" \
+    --set variables.library="$library"
 
-say "2/6 train a tokenizer: byte-level BPE of 4,096 ids -> $out/tokenizer"
-megaphi data train-tokenizer "$out/records" --vocab-size 4096 --max-bytes 8000000 \
-    --out "$out/tokenizer"
-
-say "3/6 tokenize -> $out/tokens/stdlib.bin, .idx"
-megaphi data tokenize "$out/records" --tokenizer "$out/tokenizer" --out "$out/tokens/stdlib"
-
-say "4/6 train launch/recipes/quickstart.yaml -> $out/run (a few minutes on two cores)"
+say "2/4 train launch/recipes/quickstart.yaml -> $out/run (a few minutes on two cores)"
 megaphi train launch/recipes/quickstart.yaml --train.run_dir="$out/run" \
     --data.train="$out/tokens/stdlib" "$@"
 
 newest="$(basename "$(ls -d "$out"/run/step-???????? | tail -n 1)")"
-say "5/6 export -> $out/hf-$newest, for transformers.AutoModelForCausalLM.from_pretrained"
+say "3/4 export -> $out/hf-$newest, for transformers.AutoModelForCausalLM.from_pretrained"
 if [ -e "$out/hf-$newest/config.json" ]; then
     echo "reused"
 else
     megaphi convert to-hf "$out/run/$newest" "$out/hf-$newest"
 fi
 
-say "6/6 complete a prompt"
+say "4/4 complete a prompt"
 megaphi generate "$out/hf-$newest" --prompt $'import os\nimport sys\n\nclass ' \
     --temperature 0.7 --top-p 0.95 --seed 1 --max-new-tokens 48
 
 say "done"
 cat <<END
-records      $out/records
+records      $out/records (raw, clean: before deduplication and before heuristics)
+report       $out/report/report.html
 tokenizer    $out/tokenizer
 token file   $out/tokens/stdlib.bin, .idx, .json
 run          $out/run (metrics.jsonl, tensorboard/, checkpoints step-*)

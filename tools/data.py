@@ -10,6 +10,9 @@
     megaphi data train-tokenizer RECORDS_DIR --vocab-size N --out DIR
     megaphi data tokenize RECORDS_DIR --tokenizer NAME_OR_DIR --out PREFIX
     megaphi data merge PREFIX... --out PREFIX
+    megaphi data trace PREFIX|RECORDS_DIR --repo OWNER/NAME
+    megaphi data blend PREFIX=EPOCHS... --out FILE.yaml
+    megaphi data run RECIPE.yaml [--engine local|ray|slurm]
 
 Progress goes to stderr when that is a terminal, one line of result to stdout; `--json` prints one
 JSON object instead. A finished output of the same inputs and options is reused.
@@ -17,7 +20,6 @@ JSON object instead. A finished output of the same inputs and options is reused.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +29,19 @@ from typing import Any, NoReturn
 
 from tools import (
     data_annotate,
+    data_blend,
     data_decontaminate,
     data_dedup,
     data_filter,
     data_generate,
     data_heuristics,
+    data_ingest,
     data_report,
+    data_run,
+    data_trace,
     data_train_filter,
 )
+from tools.data_engine import add_engine, executor_of, run_verb
 
 EXAMPLES = """examples:
   megaphi data ingest ~/code --out corpus/records
@@ -57,14 +64,14 @@ def main(argv: Sequence[str]) -> int:
         ValueError: the call is wrong.
         RunError: the data are broken, or too many documents were refused.
     """
-    arguments = _parser().parse_args(list(argv))
-    run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]] = arguments.run
-    result, line = run(arguments)
+    arguments = make_parser().parse_args(list(argv))
+    result, line = run_verb(arguments, argv)
     print(json.dumps(result) if arguments.json else line)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-verbs; `run` of what it parses runs the verb."""
     parser = _Parser(
         prog="megaphi data",
         description="Build a corpus: records, tokenizer, token files.",
@@ -73,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    _add_ingest(verbs)
+    data_ingest.add_parser(verbs)
     _add_train_tokenizer(verbs)
     _add_tokenize(verbs)
     _add_merge(verbs)
@@ -85,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     data_train_filter.add_parser(verbs)
     data_filter.add_parser(verbs)
     data_report.add_parser(verbs)
+    data_blend.add_parser(verbs)
+    data_run.add_parser(verbs)
+    data_trace.add_parser(verbs)
     return parser
 
 
@@ -103,44 +113,6 @@ def _add_verb(
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
     return parser
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
-
-
-def _add_ingest(verbs: Any) -> None:
-    text = "raw files and data sets -> records"
-    parser = _add_verb(verbs, "ingest", text, _ingest, "DIR")
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="directory of .py files (or, without any, of data files); .py, .jsonl, .jsonl.zst or "
-        ".parquet file; directory saved by `datasets`; OWNER/NAME[:SPLIT] on the Hugging Face hub",
-    )
-    parser.add_argument("--source", default="local", metavar="LABEL", help="label of the records")
-    parser.add_argument("--text-field", metavar="FIELD", help="instead of content, text or code")
-    parser.add_argument("--min-bytes", type=int, default=1, metavar="N", help="smallest document")
-    parser.add_argument("--max-bytes", type=int, default=2**20, metavar="N", help="largest")
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="leave out files and folders of this name or shell pattern; may be repeated",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N documents")
-    parser.add_argument(
-        "--max-reject",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="share of refused documents, 0 to 1, above which nothing is published (exit 3)",
-    )
-    parser.add_argument("--zstd", action="store_true", help="write .jsonl.zst parts")
-    _add_workers(parser)
 
 
 def _add_train_tokenizer(verbs: Any) -> None:
@@ -174,7 +146,7 @@ def _add_tokenize(verbs: Any) -> None:
         help="order of the documents; shuffled because validation data are taken by position",
     )
     order.add_argument("--no-shuffle", action="store_true", help="keep the order of the records")
-    _add_workers(parser)
+    add_engine(parser)
 
 
 def _add_merge(verbs: Any) -> None:
@@ -207,53 +179,6 @@ def _reasons(rejected: dict[str, int]) -> str:
     """`12 rejected (empty 10, utf8 2)`."""
     counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
     return f"{sum(rejected.values())} rejected" + (f" ({counts})" if counts else "")
-
-
-def _ingest(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from dataclasses import replace
-
-    from data_pipeline.engine import Options, run_stage
-    from data_pipeline.ingest import IngestOptions, plan_ingest
-
-    started = time.monotonic()
-    stage, work = plan_ingest(
-        arguments.sources,
-        IngestOptions(
-            source=arguments.source,
-            text_field=arguments.text_field,
-            min_bytes=arguments.min_bytes,
-            max_bytes=arguments.max_bytes,
-            limit=arguments.limit,
-            exclude=arguments.exclude,
-        ),
-    )
-    with _progress("ingest", "shard") as show:
-        options = Options(
-            workers=arguments.workers,
-            max_reject=arguments.max_reject,
-            overwrite=arguments.overwrite,
-            libraries=("pyarrow", "datasets", "zstandard"),
-            on_shard=show,
-        )
-        stage = replace(stage, compress=arguments.zstd)
-        manifest, reused = run_stage(stage, work, arguments.out, options)
-    result = {
-        "verb": "ingest",
-        "out": str(arguments.out),
-        "reused": reused,
-        "records_in": manifest.records_in,
-        "records_out": manifest.records_out,
-        "rejected": manifest.rejected,
-        "text_bytes": manifest.text_bytes,
-        "records_sha256": manifest.records_sha256,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    line = (
-        f"{'reused' if reused else 'ingested'} {arguments.out}: {manifest.records_out} records, "
-        f"{manifest.text_bytes / 1e6:.1f} MB | {_reasons(manifest.rejected)} of "
-        f"{manifest.records_in} read | {_seconds(started, manifest.text_bytes)}"
-    )
-    return result, line
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -305,7 +230,7 @@ def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             arguments.tokenizer,
             arguments.out,
             shuffle_seed=None if arguments.no_shuffle else arguments.shuffle_seed,
-            workers=arguments.workers,
+            executor=executor_of(arguments),
             overwrite=arguments.overwrite,
             on_part=show,
         )
@@ -340,12 +265,15 @@ def _merge(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from data_pipeline.merge_tokens import merge_tokens
     from megaphi.data.indexed import IndexedDataset
 
-    info, has_table = merge_tokens(arguments.prefixes, arguments.out, overwrite=arguments.overwrite)
+    info, has_table, reused = merge_tokens(
+        arguments.prefixes, arguments.out, overwrite=arguments.overwrite
+    )
     merged = IndexedDataset(arguments.out)
     documents = len(merged.document_index) - 1
     result = {
         "verb": "merge",
         "out": str(arguments.out),
+        "reused": reused,
         "sources": [str(prefix) for prefix in arguments.prefixes],
         "documents": documents,
         "tokens": merged.num_tokens,
@@ -354,7 +282,7 @@ def _merge(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }
     missing = "" if has_table else " | no documents.jsonl: not every source has one"
     line = (
-        f"merged {arguments.out}: {documents} documents, {merged.num_tokens} tokens from "
-        f"{len(arguments.prefixes)} token files{missing}"
+        f"{'reused' if reused else 'merged'} {arguments.out}: {documents} documents, "
+        f"{merged.num_tokens} tokens from {len(arguments.prefixes)} token files{missing}"
     )
     return result, line

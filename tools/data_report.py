@@ -1,11 +1,12 @@
 """`megaphi data report`: how diverse a corpus is, how much of it repeats, what it covers."""
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tools.data_engine import add_engine, executor_of
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,8 +33,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
+    add_engine(parser)
     parser.set_defaults(run=run)
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             corpora,
             arguments.out,
             examples=arguments.examples,
-            workers=arguments.workers,
+            executor=executor_of(arguments),
             overwrite=arguments.overwrite,
             on_part=show,
         )

@@ -1,7 +1,6 @@
 """What the verbs of stages from records to records share: their options and their result."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.output import Manifest
+from tools.data_engine import add_engine, executor_of
 
 
 def add_stage_parser(
@@ -35,8 +35,7 @@ def add_stage_parser(
         help="share of refused documents, 0 to 1, above which nothing is published (exit 3)",
     )
     parser.add_argument("--zstd", action="store_true", help="write .jsonl.zst parts")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
+    add_engine(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -57,7 +56,7 @@ def stage_options(
             bar.update(done - bar.n)
 
         yield Options(
-            workers=arguments.workers,
+            executor=executor_of(arguments),
             max_reject=arguments.max_reject,
             overwrite=arguments.overwrite,
             libraries=libraries,

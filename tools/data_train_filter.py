@@ -1,10 +1,11 @@
 """`megaphi data train-filter`: labelled documents -> phi-1's quality filter."""
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from tools.data_engine import add_engine, cores, executor_of
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,8 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=1234, metavar="S", help="split and forest")
     parser.add_argument("--overwrite", action="store_true", help="replace another output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes")
+    add_engine(parser)
     parser.set_defaults(run=run)
 
 
@@ -58,12 +58,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Run the verb; returns the JSON object and the line to print.
 
     Raises:
-        FileNotFoundError, ValueError, RunError: see `train_filter`.
+        FileNotFoundError, ValueError, RunError: see `executor_of` and `train_filter`.
     """
     from data_pipeline.quality.train_filter import TrainingOptions, train_filter
 
-    if arguments.workers < 1:
-        raise ValueError(f"--workers {arguments.workers}: at least 1 is needed")
+    executor = executor_of(arguments)
     started = time.monotonic()
     trained = train_filter(
         arguments.labels,
@@ -78,7 +77,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             seed=arguments.seed,
             max_tokens=arguments.max_tokens,
         ),
-        workers=arguments.workers,
+        workers=executor.workers if executor.name == "local" else cores(),
+        executor=executor,
         overwrite=arguments.overwrite,
     )
     report, seconds = trained.report, time.monotonic() - started

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dedup_index import text_digest
 from data_pipeline.engine import Options, Stage, Tally, run_stage
+from data_pipeline.executors import run_shards
 from data_pipeline.jsonl import file_sha256
 from data_pipeline.output import (
     LOCK_NAME,
@@ -32,7 +33,6 @@ from data_pipeline.output import (
     start_shard,
     write_json,
 )
-from data_pipeline.pool import run_tasks
 from data_pipeline.quality.embeddings import model_spec
 from data_pipeline.quality.features import BATCH_DOCUMENTS, HASHED, open_features
 from data_pipeline.quality.forest import Forest, Scores, load_forest
@@ -209,14 +209,12 @@ def filter_records(
 
     def prepare() -> None:
         plan = digest([VERSION, quality_filter.digest, work.fingerprint])
-        scored.append(WorkDirectory(place, plan))
+        scored.append(WorkDirectory(place, plan, shared=options.runner.shared))
         tasks = [
             _ScoreTask(part, scored[0].shard_directory(part.index), quality_filter)
             for part in parts
-            if scored[0].finished(part.index) is None
         ]
-        for _ in run_tasks(_score_part, tasks, options.workers):
-            continue
+        run_shards(_score_part, tasks, scored[0], options.runner)
         directories = [scored[0].shard_directory(part.index) for part in parts]
         _decide(directories, place, selection, threshold, quality_filter.report["reference"])
 
@@ -244,9 +242,9 @@ def filter_records(
     return manifest, reused, json.loads((out / DRIFT_NAME).read_bytes())
 
 
-def _score_part(task: _ScoreTask) -> None:
+def _score_part(task: _ScoreTask) -> dict[str, Json]:
     """Write `scores.npy`, `bytes.npy` and `trained.npy` (seen in training), [d] each, of a part."""
-    start_shard(task.directory)
+    attempt = start_shard(task.directory)
     features, forest = open_features(task.filter.spec), task.filter.forest()
     scores: list[Scores] = [np.zeros(0)]
     training = task.filter.training_texts()
@@ -264,11 +262,11 @@ def _score_part(task: _ScoreTask) -> None:
             texts = []
     if texts:
         scores.append(forest.positive_share(features(texts)))
-    np.save(task.directory / "scores.npy", np.round(np.concatenate(scores), 6))
-    np.save(task.directory / "bytes.npy", np.array(sizes, np.int64))
-    np.save(task.directory / "trained.npy", np.array(trained, np.bool_))
+    np.save(attempt / "scores.npy", np.round(np.concatenate(scores), 6))
+    np.save(attempt / "bytes.npy", np.array(sizes, np.int64))
+    np.save(attempt / "trained.npy", np.array(trained, np.bool_))
     files = [{"name": f"{name}.npy"} for name in ("scores", "bytes", "trained")]
-    finish_shard(task.directory, {"part": files, "rejected": []})
+    return finish_shard(attempt, task.directory, {"part": files, "rejected": []})
 
 
 def _decide(

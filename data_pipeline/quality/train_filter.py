@@ -21,10 +21,18 @@ import numpy as np
 
 from data_pipeline.dedup_index import text_digest
 from data_pipeline.engine import Tally
+from data_pipeline.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.jsonl import file_sha256
 from data_pipeline.llm.canaries import GOOD_FROM
-from data_pipeline.output import MANIFEST_NAME, WorkDirectory, check_target, write_json
-from data_pipeline.pool import run_tasks
+from data_pipeline.output import (
+    MANIFEST_NAME,
+    OtherOutput,
+    WorkDirectory,
+    check_target,
+    finish_shard,
+    start_shard,
+    write_json,
+)
 from data_pipeline.quality.features import BATCH_DOCUMENTS, feature_spec, open_features, sklearn
 from data_pipeline.quality.forest import Matrix, from_sklearn
 from data_pipeline.quality.metrics import (
@@ -45,6 +53,7 @@ STAGE = "train-filter"
 FOREST_NAME = "forest.npz"
 REPORT_NAME = "report.json"
 TEXT_NAME = "report.txt"
+FEATURES_NAME = "features.npy"
 TRAINING_NAME = "training.npy"  # digests of the texts that the forest knows by heart
 MIN_OF_A_CLASS = 5  # documents of each class, on each side of the split
 
@@ -91,12 +100,12 @@ class TrainedFilter:
 
 @dataclass(frozen=True)
 class _FeatureTask:
-    """One part of the corpus, the labels of its records by id, and where its arrays go."""
+    """One part of the corpus, the labels of its records by id, and where its features go."""
 
     shard: PartShard
     labels: dict[str, float]
     spec: dict[str, Json]
-    file: Path
+    directory: Path
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,7 @@ def train_filter(
     options: TrainingOptions,
     *,
     workers: int = 1,
+    executor: Executor | None = None,
     overwrite: bool = False,
 ) -> TrainedFilter:
     """Train a filter directory.
@@ -153,7 +163,8 @@ def train_filter(
         records: records directories that hold the labelled documents.
         out: directory to make.
         options: see `TrainingOptions`.
-        workers: number of processes; the output does not depend on it.
+        workers: number of processes on this machine; the output does not depend on it.
+        executor: how features are computed; None for processes on this machine.
         overwrite: replace an output of other labels or options.
 
     Raises:
@@ -161,6 +172,7 @@ def train_filter(
         ValueError: an option is wrong, labels are too few or all alike, or `out` holds something
             else.
         RunError: the records are damaged.
+        ShardsLeft: the executor leaves parts to others.
     """
     check_target(out)
     spec = feature_spec(options.features, options.max_tokens)
@@ -179,9 +191,10 @@ def train_filter(
     if finished is not None:
         return TrainedFilter(True, finished)
     labels = read_labels(labels_dir)
-    work = WorkDirectory(out.with_name(out.name + ".partial"), key)
+    executor = executor or LocalExecutor(workers)
+    work = WorkDirectory(out.with_name(out.name + ".partial"), key, shared=executor.shared)
     try:
-        sample = _gather(labels, records, spec, options.good_from, work, workers)
+        sample = _gather(labels, records, spec, options.good_from, work, executor)
         report = _fit(sample, options, work.path, workers)
         report["labels"] = {"given": len(labels), "found": len(sample.labels)}
         write_json(work.path / REPORT_NAME, report)
@@ -206,7 +219,7 @@ def _finished(out: Path, key: str, overwrite: bool) -> dict[str, Json] | None:
     if manifest.get("key") == key:
         report: dict[str, Json] = json.loads((out / REPORT_NAME).read_bytes())
         return report
-    raise ValueError(
+    raise OtherOutput(
         f"{out}: holds the output of other inputs or options; "
         "choose another --out, or pass --overwrite to replace it"
     )
@@ -218,24 +231,23 @@ def _gather(
     spec: dict[str, Json],
     good_from: float,
     work: WorkDirectory,
-    workers: int,
+    executor: Executor,
 ) -> _Sample:
     """The features of the labelled documents, in the order of the records."""
     shards: list[PartShard] = list(record_work(records).shards)
     tasks = [
-        _FeatureTask(shard, labels, spec, work.path / f"features-{shard.index:05d}.npy")
-        for shard in shards
+        _FeatureTask(shard, labels, spec, work.shard_directory(shard.index)) for shard in shards
     ]
     seen: set[str] = set()
     rows: list[Matrix] = []
     scores: list[float] = []
     digests: list[bytes] = []
     sources: list[str] = []
-    for task, found in zip(tasks, run_tasks(_features_of_part, tasks, workers), strict=True):
-        features_df = np.load(task.file, allow_pickle=False)
-        task.file.unlink()
+    results = run_shards(_features_of_part, tasks, work, executor)
+    for task, result in zip(tasks, results, strict=True):
+        features_df = np.load(task.directory / FEATURES_NAME, allow_pickle=False)
         new = []
-        for place, (name, text_hash, source) in enumerate(found):
+        for place, (name, text_hash, source) in enumerate(result["found"]):
             if name in seen:  # a document that lies in two of the directories counts once
                 continue
             seen.add(name)
@@ -253,8 +265,9 @@ def _gather(
     return _Sample(np.concatenate([r for r in rows if len(r)]), positive, digests, sources)
 
 
-def _features_of_part(task: _FeatureTask) -> list[tuple[str, str, str]]:
-    """Write the features of a part's labelled documents; return (id, text digest, source)."""
+def _features_of_part(task: _FeatureTask) -> dict[str, Json]:
+    """Write the features of a part's labelled documents; `found` has (id, text digest, source)."""
+    attempt = start_shard(task.directory)
     features = open_features(task.spec)
     found: list[tuple[str, str, str]] = []
     texts: list[str] = []
@@ -271,8 +284,9 @@ def _features_of_part(task: _FeatureTask) -> list[tuple[str, str, str]]:
     if texts:
         rows.append(features(texts))
     matrix = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
-    np.save(task.file, matrix, allow_pickle=False)
-    return found
+    np.save(attempt / FEATURES_NAME, matrix, allow_pickle=False)
+    files = [{"name": FEATURES_NAME}]
+    return finish_shard(attempt, task.directory, {"found": found, "part": files, "rejected": []})
 
 
 def _is_held_out(text_hash: bytes, options: TrainingOptions) -> bool:

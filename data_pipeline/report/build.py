@@ -5,15 +5,14 @@ published by one rename, and a killed run finds the parts that were scanned.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.jsonl import file_sha256
 from data_pipeline.minhash import choose_bands
-from data_pipeline.output import MANIFEST_NAME, WorkDirectory, check_target, write_json
-from data_pipeline.pool import run_tasks
+from data_pipeline.output import MANIFEST_NAME, OtherOutput, WorkDirectory, check_target, write_json
 from data_pipeline.record_work import PartShard, read_manifests, record_work
 from data_pipeline.records import Json, digest
 from data_pipeline.report.measures import LEVELS, Scanned, corpus_measures
@@ -43,6 +42,7 @@ def build_report(
     *,
     examples: int = 200,
     workers: int = 1,
+    executor: Executor | None = None,
     overwrite: bool = False,
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Json], bool]:
@@ -52,7 +52,8 @@ def build_report(
         corpora: one, or two to compare: before and after.
         out: directory to make.
         examples: documents of each corpus that the page quotes.
-        workers: number of processes; the output does not depend on it.
+        workers: number of processes on this machine, where `executor` is not given.
+        executor: how parts are scanned; the output does not depend on it.
         overwrite: replace a report of other records or options.
         on_part: called after each part with (parts done, parts in all).
 
@@ -63,6 +64,7 @@ def build_report(
         FileNotFoundError: a directory is missing.
         ValueError: an option is wrong, or `out` holds something else.
         RunError: the records are damaged, or there are none.
+        ShardsLeft: the executor leaves parts to others.
     """
     if workers < 1 or examples < 1:
         raise ValueError(f"--workers {workers}, --examples {examples}: at least 1 is needed")
@@ -79,15 +81,16 @@ def build_report(
     key = digest([STAGE, VERSION, examples, inputs])
     if (out / MANIFEST_NAME).is_file() and not overwrite:
         if json.loads((out / MANIFEST_NAME).read_bytes()).get("key") != key:
-            raise ValueError(
+            raise OtherOutput(
                 f"{out}: holds the output of other inputs or options; "
                 "choose another --out, or pass --overwrite to replace it"
             )
         report: dict[str, Json] = json.loads((out / REPORT_NAME).read_bytes())
         return report, True
-    work = WorkDirectory(out.with_name(out.name + ".partial"), key)
+    executor = executor or LocalExecutor(workers)
+    work = WorkDirectory(out.with_name(out.name + ".partial"), key, shared=executor.shared)
     try:
-        report = _measure(corpora, rates, work, examples, workers, on_part)
+        report = _measure(corpora, rates, work, examples, executor, on_part)
         write_json(work.path / REPORT_NAME, report)
         write_durably(work.path / PAGE_NAME, render(report))
         files = {name: file_sha256(work.path / name) for name in (REPORT_NAME, PAGE_NAME)}
@@ -104,7 +107,7 @@ def _measure(
     rates: Sequence[int],
     work: WorkDirectory,
     examples: int,
-    workers: int,
+    executor: Executor,
     on_part: Callable[[int, int], None],
 ) -> dict[str, Json]:
     """Scan what is not scanned yet, and measure each corpus."""
@@ -122,17 +125,13 @@ def _measure(
             ]
         )
     everything = [task for some in tasks for task in some]
-    missing = [task for n, task in enumerate(everything) if work.finished(n) is None]
-    for done, _ in enumerate(run_tasks(scan_part, missing, workers), start=1):
-        on_part(len(everything) - len(missing) + done, len(everything))
+    scans = run_shards(scan_part, everything, work, executor, on_part)
     measured = []
     number = 0
     for corpus, rate, some in zip(corpora, rates, tasks, strict=True):
-        results = [work.finished(number + place) for place in range(len(some))]
+        results = scans[number : number + len(some)]
         number += len(some)
-        scanned = Scanned([task.directory for task in some], [r for r in results if r is not None])
+        scanned = Scanned([task.directory for task in some], results)
         measures = corpus_measures([task.shard for task in some], scanned, bands, rate)
         measured.append({"label": corpus.label, **measures})
-    for task in everything:
-        shutil.rmtree(task.directory)
     return {"version": VERSION, "corpora": measured}

@@ -57,7 +57,7 @@ class ScanTask:
     examples: int
 
 
-def scan_part(task: ScanTask) -> None:
+def scan_part(task: ScanTask) -> dict[str, Json]:
     """Scan a part: signatures, 10-grams, skeletons, counts, examples.
 
     Writes the arrays of `index_part` into a folder `index`, and `lengths` [d] bytes, `sources` [d]
@@ -65,8 +65,8 @@ def scan_part(task: ScanTask) -> None:
     [f] hashes of function skeletons, `ngrams` [g] and `ngram_documents` [g]: distinct pairs of
     10-gram and document.
     """
-    start_shard(task.directory)
-    index_part(IndexTask(task.shard, task.directory / INDEX_NAME, task.bands, task.rows))
+    attempt = start_shard(task.directory)
+    index_part(IndexTask(task.shard, attempt / INDEX_NAME, task.bands, task.rows))
     scan = _Scan(task.sample, task.examples)
     batch: list[bytes] = []
     first = 0
@@ -82,14 +82,14 @@ def scan_part(task: ScanTask) -> None:
         scan.add_ngrams(batch, first)
     arrays = scan.arrays()
     for name, array in arrays.items():
-        np.save(task.directory / f"{name}.npy", array, allow_pickle=False)
+        np.save(attempt / f"{name}.npy", array, allow_pickle=False)
     result: dict[str, Json] = {
         "counts": scan.counts(),
         "examples": scan.examples(),
         "part": [{"name": f"{name}.npy"} for name in arrays],
         "rejected": [],
     }
-    finish_shard(task.directory, result)
+    return finish_shard(attempt, task.directory, result)
 
 
 class _Scan:

@@ -176,7 +176,7 @@ def test_killed_parent_takes_its_workers_along_and_the_next_run_goes_on(tmp_path
         command("whole"), env=environment, capture_output=True, text=True, check=True, timeout=120
     )
     process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob("killed.partial/shard-*/result.json")):
+    while not list(tmp_path.glob("killed.partial/shards/00*/result.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.001)
     workers = children_of(process.pid)

@@ -206,7 +206,7 @@ def test_merging_joins_tokens_and_provenance(tmp_path: Path, records: Path) -> N
     other = write_records(tmp_path / "records", ["another", "text"])
     tokenize_records(records, "codegen", tmp_path / "a")
     tokenize_records(other, "codegen", tmp_path / "b")
-    info, has_table = merge_tokens([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    info, has_table, _ = merge_tokens([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     assert info is not None
     assert has_table
     assert verify_info(tmp_path / "m") == info
