@@ -3,6 +3,7 @@
 # A torch of 2.11 or newer that the calling python already has (as on GPU images) is kept; else the
 # pinned build below is installed first, because a plain `pip install torch` would bring another.
 # MEGAPHI_PYTHON names the python to start from (default: python3), MEGAPHI_VENV the environment.
+# MEGAPHI_LOCKED=1 installs exactly the files of launch/requirements.lock (for a CPU, all extras).
 
 TORCH_PIN="torch==2.13.0"
 
@@ -15,7 +16,7 @@ say() { printf '\n== %s\n' "$*"; }
 make_environment() { # extras…: data, eval, test
     local base="${MEGAPHI_PYTHON:-python3}" extras stamp torch_dir
     extras="$(IFS=,; echo "$*")"
-    stamp="$VENV/.megaphi-$extras-$(cksum <setup.py | cut -d' ' -f1)"
+    stamp="$VENV/.megaphi-$extras-$(cat setup.py launch/requirements.lock | cksum | cut -d' ' -f1)"
     if [ -e "$stamp" ] && "$PYTHON" -c "" 2>/dev/null; then
         return
     fi
@@ -41,7 +42,12 @@ END
         fi
     fi
     "$PYTHON" -c "import torch" 2>/dev/null || pip_install "$TORCH_PIN"
-    pip_install -e ".[$extras]"
+    if [ "${MEGAPHI_LOCKED:-0}" = 1 ]; then
+        pip_install --require-hashes --no-deps -r launch/requirements.lock
+        pip_install --no-deps --no-build-isolation -e .
+    else
+        pip_install -e ".[$extras]"
+    fi
     touch "$stamp"
 }
 
