@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-make_environment data llm filter eval test
+make_environment data llm filter eval gguf plot test
 if ! "$PYTHON" -c "import triton" 2>/dev/null; then
     # the interpreter runs kernels on a CPU; GPU builds of torch bring their own
     pip_install "triton==3.6.0" || echo "no Triton for this platform: its tests are skipped"

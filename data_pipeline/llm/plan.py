@@ -3,12 +3,14 @@
 phi-1's samples differ because their prompts do: "topics and target audience" for textbooks, "the
 function name" for exercises (section 2.3 of the paper), and a few random words, as in TinyStories.
 A plan is a JSONL file of such combinations, each with a stable id. It is a pure function of lists,
-seed and size; each topic comes equally often.
+seed and size; each topic comes equally often. A plan of more samples than there are combinations
+goes through them again, with other words each time.
 """
 
 import hashlib
 import json
 import keyword
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,28 +113,43 @@ def make_plan(
         ValueError: fewer distinct combinations exist than samples are asked for.
     """
     first, *others = FIELDS[kind]
-    combinations = 1
-    for field in others:
-        combinations *= len(lists[field])
-    topics = len(lists[first])
-    if not 0 < samples <= topics * combinations:
+    combinations = math.prod(len(lists[field]) for field in others)
+    topics, drawn = len(lists[first]), min(WORDS_DRAWN, len(lists["words"]))
+    draws = math.comb(len(lists["words"]), drawn)
+    if not 0 < samples <= topics * combinations * draws:
         raise ValueError(
-            f"--samples {samples}: the lists give {topics * combinations} distinct combinations; "
-            "give longer ones with --lists, or ask for fewer"
+            f"--samples {samples}: the lists give {topics * combinations * draws} distinct "
+            f"combinations, {draws} choices of {drawn} words counted in; give longer ones with "
+            "--lists, or ask for fewer"
         )
     order = list(lists[first])
     random.Random(f"{seed}").shuffle(order)
     for number in range(samples):
         turn, place = divmod(number, topics)
+        again, turn = divmod(turn, combinations)
         fields = {first: order[place]}
         rest = permuted(turn, combinations, f"{seed}/{order[place]}")
         for field in others:
             rest, index = divmod(rest, len(lists[field]))
             fields[field] = lists[field][index]
         key = json.dumps([seed, *fields.values()])
-        words = random.Random(key).sample(lists["words"], min(WORDS_DRAWN, len(lists["words"])))
+        choice = _choice(permuted(again, draws, key), len(lists["words"]), drawn)
+        words = [lists["words"][index] for index in choice]
+        random.Random(key).shuffle(words)
         fields["words"] = ", ".join(words)
         yield Entry(record_id(kind, json.dumps(fields, sort_keys=True)), kind, fields)
+
+
+def _choice(rank: int, size: int, count: int) -> list[int]:
+    """The `rank`-th way to choose `count` of `size` things (combinatorial number system)."""
+    chosen = []
+    for left in range(count, 0, -1):
+        size -= 1
+        while math.comb(size, left) > rank:
+            size -= 1
+        rank -= math.comb(size, left)
+        chosen.append(size)
+    return chosen
 
 
 def permuted(index: int, size: int, key: str) -> int:

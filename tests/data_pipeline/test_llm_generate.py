@@ -101,6 +101,21 @@ def test_a_plan_that_exhausts_its_lists(tmp_path: Path, capsys: pytest.CaptureFi
     assert len({tuple(entry.fields.values()) for entry in entries}) == 12
     assert main([*arguments, "--samples", "13", "--out", str(out)]) == 2
     assert "12 distinct combinations" in capsys.readouterr().err
+    # the same combinations again, with every other choice of words once: C(5, 3) = 10 of them
+    lists.write_text(
+        "topic: [a, b]\naudience: [c]\ndifficulty: [d, e, f]\nstyle: [g, h]\n"
+        "words: [i, j, k, l, m]\n"
+    )
+    assert main([*arguments, "--samples", "120", "--out", str(out)]) == 0
+    entries = list(read_plan(out))
+    found = {(e.fields["topic"], e.fields["difficulty"], e.fields["style"]) for e in entries[:12]}
+    assert len(found) == 12
+    drawn = {
+        (*list(e.fields.values())[:4], *sorted(e.fields["words"].split(", "))) for e in entries
+    }
+    assert len(drawn) == 120
+    assert main([*arguments, "--samples", "121", "--out", str(out)]) == 2
+    assert "120 distinct combinations" in capsys.readouterr().err
     lists.write_text("nmae: [a]\n")
     assert main([*arguments, "--samples", "3", "--out", str(out)]) == 2
     assert "nmae: unknown" in capsys.readouterr().err
