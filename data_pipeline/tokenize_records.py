@@ -13,7 +13,6 @@ repository, path, revision and address, so that every token can be traced to whe
 the run, its checkpoints and their exports.
 """
 
-import functools
 import json
 import os
 import shutil
@@ -212,6 +211,8 @@ def _encode_parts(
     on_part: Callable[[int, int], None],
 ) -> list[dict[str, Json]]:
     """Encode the parts that are not done yet; return all results in order."""
+    _loaded.clear()
+    _loaded[tokenizer.name, tokenizer.sha256] = tokenizer  # for parts that this process encodes
     tasks = [
         _Task(records, part, tokenizer.name, tokenizer.sha256, work.shard_directory(index))
         for index, part in enumerate(manifest.parts)
@@ -219,17 +220,23 @@ def _encode_parts(
     return run_shards(_encode_part, tasks, work, executor, on_part)
 
 
-@functools.lru_cache(maxsize=1)
+_loaded: dict[tuple[str, str], DocumentTokenizer] = {}
+"""The tokenizer of this process, by name and identity: loading one takes as long as 10 MB."""
+
+
 def _worker_tokenizer(name: str, sha256: str) -> DocumentTokenizer:
     """The tokenizer of this process.
 
     Raises:
         RunError: it is not the one that the run began with.
     """
-    tokenizer = load_tokenizer(name)
-    if tokenizer.sha256 != sha256:
-        raise RunError(f"{name}: the tokenizer changed during the run; run again")
-    return tokenizer
+    if (name, sha256) not in _loaded:
+        tokenizer = load_tokenizer(name)
+        if tokenizer.sha256 != sha256:
+            raise RunError(f"{name}: the tokenizer changed during the run; run again")
+        _loaded.clear()
+        _loaded[name, sha256] = tokenizer
+    return _loaded[name, sha256]
 
 
 def _encode_part(task: _Task) -> dict[str, Json]:
