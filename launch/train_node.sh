@@ -5,10 +5,12 @@
 #
 #   GPUS=N        processes (default: the GPUs of this machine; without any, 1, over gloo on the CPU)
 #   PREFLIGHT=0   skip `megaphi preflight`
+#   RESTARTS=N    start again up to N times after a crash or a hang (default: 3), but not when the
+#                 run got no further than the time before; each is recorded in restarts.jsonl
 #   PYTHON=…      a python that has megaphi's requirements (default: .venv, made if it is not there)
 #
 # Exit status: the trainer's own, which torchrun would hide. 0 done, 1 failed, 2 wrong call,
-# 75 saved after SIGTERM or SIGUSR1: run me again. Paths are meant from where you stand.
+# 4 hung, 75 saved after SIGTERM or SIGUSR1: run me again. Paths are meant from where you stand.
 #
 # One node of several: launch/train_slurm.sbatch sets NODES, NODE (from 0), JOB and RENDEZVOUS
 # (host of node 0), PORT; the same five work under any other scheduler.
@@ -25,6 +27,9 @@ if [ -z "${PYTHON:-}" ]; then
     cd "$here"
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+RESTARTS="${RESTARTS:-3}"
+attempt=0
 
 say() { echo "train_node: $*" >&2; }
 
@@ -82,8 +87,13 @@ run_rank() { # runs as the leader of a rank's process group: torchrun gives each
 export -f run_rank
 export state
 
+failed_hard() { # whether a rank was killed or hung: the others cannot do anything without it
+    awk '$2 == 4 || ($2 > 128 && $2 != 130 && $2 != 138) {found = 1} END {exit !found}' \
+        "$state/statuses"
+}
+
 run_ranks() { # port offset, command…: one process for each GPU; returns the status of the ranks
-    local offset="$1" launcher_status=0 rank status
+    local offset="$1" launcher_status=0 rank status doomed=""
     local where=(--standalone)
     shift
     [ -z "$stop" ] || return 75
@@ -92,7 +102,7 @@ run_ranks() { # port offset, command…: one process for each GPU; returns the s
         : "${RENDEZVOUS:?host of node 0}" "${PORT:?port on it; the next one is used as well}"
         # the default is to compare host names, which aliases of a node's network cards defeat
         where=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS:$((PORT + offset))"
-            --rdzv-id "$JOB-$offset" --rdzv-conf "is_host=$((NODE == 0))")
+            --rdzv-id "$JOB-$offset-$attempt" --rdzv-conf "is_host=$((NODE == 0))")
     fi
     : >"$state/groups"
     : >"$state/statuses"
@@ -107,6 +117,11 @@ run_ranks() { # port offset, command…: one process for each GPU; returns the s
             signal_ranks USR1
         elif [ -n "$stop" ]; then
             kill -KILL "$launcher" 2>/dev/null || true # it still waits for other nodes
+        fi
+        if [ -n "$doomed" ]; then
+            signal_ranks KILL
+        elif failed_hard; then
+            doomed=1 # they get a moment to say something; torchrun would give them 30 s
         fi
         sleep 2 >/dev/null 2>&1 & # a signal can come just before a `wait`, which would not see it
         wait -n "$launcher" $! || true
@@ -136,8 +151,17 @@ status=0
 if [ "${PREFLIGHT:-1}" != 0 ]; then
     run_ranks 1 "$PYTHON" -m tools.cli preflight "$@" || status=$?
 fi
-if [ "$status" -eq 0 ]; then
+restarts() { "$PYTHON" -m megaphi.resilience.restarts "$@"; }
+
+# where the run stands: what it gets beyond that is progress. A wrong recipe is the trainer's to say
+reached="$(restarts begin "$@" 2>/dev/null)" || reached=0
+while [ "$status" -eq 0 ]; do
     run_ranks 0 "$PYTHON" -m megaphi.train "$@" || status=$?
-fi
+    [ "$status" -eq 1 ] || [ "$status" -eq 4 ] || break
+    [ -z "$stop" ] || break
+    attempt=$((attempt + 1))
+    reached="$(restarts decide "$attempt" "$RESTARTS" "$status" "$reached" "$@")" || break
+    status=0
+done
 [ "$status" -ne 75 ] || say "stopped on request; run me again"
 exit "$status"

@@ -317,11 +317,38 @@ class Train:
     """Global batches of one evaluation."""
     max_nonfinite_steps: int = 5
     """Steps in a row with a non-finite gradient that stop the run; each such step is skipped."""
+    spike_deviations: float = 0.0
+    """Standard deviations above the mean of the last losses from which on a loss is spiked; a spike
+    is answered by a rewind that leaves out its data. 0: losses are not watched. Try 8."""
+    spike_window: int = 100
+    """Ordinary steps whose losses are the measure."""
+    spike_steps: int = 3
+    """Spiked steps in a row that make a spike."""
+    spike_rewind_steps: int = 50
+    """Steps before a spike that are run again as well, with other data."""
+    max_rewinds: int = 3
+    """Rewinds of a run; the next spike stops it."""
+    hang_seconds: float = 480.0
+    """Seconds without any progress after which a process says where it stands and ends, three times
+    as many while loading and in the first step; 0: never. More than a save or an evaluation of one
+    batch takes, less than the 600 after which collectives give up without naming anyone."""
+    replica_check_interval: int = 500
+    """Steps between comparisons of the values that several processes must hold alike; 0: never."""
 
     def __post_init__(self) -> None:
         names = ("steps", "micro_batch_size", "global_batch_size", "evaluation_interval")
         _require_positive("train", self, names)
         _require_positive("train", self, ("evaluation_batches", "max_nonfinite_steps"))
+        _require_positive("train", self, ("spike_window", "spike_steps"))
+        for name in (
+            "spike_deviations",
+            "spike_rewind_steps",
+            "max_rewinds",
+            "hang_seconds",
+            "replica_check_interval",
+        ):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name} must not be negative, not {value}")
         require(self.seed >= 0, f"train.seed must not be negative, not {self.seed}")
         require(
             self.global_batch_size % self.micro_batch_size == 0,
@@ -352,6 +379,13 @@ class Recipe:
             f"(model.max_sequence_length={self.model.max_sequence_length})",
         )
         _check_layout(self)
+        kept = (self.checkpoint.keep - 1) * self.checkpoint.interval
+        back = self.train.spike_rewind_steps + self.train.spike_steps
+        require(
+            self.train.spike_deviations == 0 or kept >= back,
+            f"a rewind goes back {back} steps (train.spike_rewind_steps + train.spike_steps), but "
+            f"the oldest checkpoint may be only {kept} steps old; raise checkpoint.keep",
+        )
 
     @property
     def planned_samples(self) -> int:

@@ -14,6 +14,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_REJECTS = 3
+EXIT_HUNG = 4  # a process stood still and was ended by its watchdog: run me again
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 

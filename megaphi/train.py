@@ -6,7 +6,9 @@ With one process no launcher is needed: `python -m megaphi.train` or `megaphi tr
 import sys
 
 from megaphi.errors import EXIT_OK, run_main
+from megaphi.metrics.console import outlive_readers
 from megaphi.recipe_file import load_recipe
+from megaphi.resilience.signals import StopRequest
 
 
 def run(argv: list[str]) -> int:
@@ -18,12 +20,15 @@ def run(argv: list[str]) -> int:
         Preempted: the run was asked to stop and has saved a checkpoint.
     """
     recipe = load_recipe(argv)
+    outlive_readers()
+    stop = StopRequest()
     # torch takes seconds to import; a wrong recipe should not
     from megaphi.parallel.mesh import processes
     from megaphi.trainer import Trainer
 
+    stop.check()
     with processes(recipe.parallel) as mesh:
-        Trainer(recipe, mesh).run()
+        Trainer(recipe, mesh, stop).run()
     return EXIT_OK
 
 

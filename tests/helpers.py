@@ -86,6 +86,8 @@ def curve(run_dir: Path) -> dict[tuple[int, str], tuple[float, ...]]:
     """Everything of a run's metrics that must not depend on chance: losses and norms."""
     values = {}
     for row in metrics(run_dir):
+        if "event" in row:
+            continue
         if "validation_loss" in row:
             values[row["step"], "validation"] = (row["validation_loss"],)
         else:

@@ -231,6 +231,8 @@ def _read_metrics(path: Path) -> dict[str, Any]:
                 row = json.loads(line)
             except ValueError:
                 continue
+            if "event" in row:
+                continue
             if "validation_loss" in row:
                 validation = row
                 continue

@@ -1,4 +1,7 @@
-"""What a checkpoint and a run must agree in before one continues the other."""
+"""What a checkpoint and a run must agree in before one continues the other.
+
+What is refused and what is only said is listed in `megaphi.checkpoint.drift`.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -6,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
+from megaphi.checkpoint.drift import recipe_drift
+from megaphi.checkpoint.manifest import CheckpointError, read_manifest
 from megaphi.checkpoint.weights import open_weights, read_model_config, resolve_model
 from megaphi.config import Model, Recipe
 from megaphi.data.loader import token_file_prefixes
-from megaphi.data.sidecar import TokenFileInfo
+from megaphi.data.sidecar import TokenFileInfo, verify_info
 from megaphi.metrics.meter import device_name
 from megaphi.model.init import assign
 from megaphi.parallel.mesh import AXES, Mesh
@@ -43,14 +49,52 @@ def data_order(recipe: Recipe, infos: dict[str, TokenFileInfo]) -> dict[str, Any
         "data.split": recipe.data.split,
         "weights of data.train": weights,
         "content of the token files": files,
+        "tokenizer of the token files": next((i.tokenizer_sha256 for i in infos.values()), None),
     }
+
+
+def token_file_dates(recipe: Recipe) -> list[int]:
+    """When each token file was last written to, in nanoseconds."""
+    paths = [Path(f"{prefix}.bin") for prefix in token_file_prefixes(recipe)]
+    return [path.stat().st_mtime_ns for path in paths]
+
+
+def check_token_file_dates(
+    recipe: Recipe, infos: dict[str, TokenFileInfo], before: list[int]
+) -> list[str]:
+    """Look closer at token files whose date is another than at the checkpoint.
+
+    Returns:
+        What cannot be told: files that nothing describes.
+
+    Raises:
+        TokenFileError: the file's bytes are not those that its description records.
+        CheckpointError: the dates are not those of these files.
+    """
+    unknown = []
+    prefixes = token_file_prefixes(recipe)
+    if len(before) != len(prefixes):
+        raise CheckpointError(
+            f"the checkpoint has {len(before)} token_file_dates, the run {len(prefixes)} token "
+            "files; use another checkpoint"
+        )
+    for prefix, old, new in zip(prefixes, before, token_file_dates(recipe), strict=True):
+        if old == new:
+            continue
+        if prefix in infos:
+            verify_info(prefix, deep=True)
+        else:
+            unknown.append(f"{prefix}.bin was written to since, and nothing tells if it changed")
+    return unknown
 
 
 def environment(mesh: Mesh, precision: str) -> dict[str, Any]:
     """What bitwise equality of a resumed run depends on besides the recipe."""
     return {
         "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
         "device": device_name(mesh.device),
+        "CPU instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": mesh.size,
         "layout": " x ".join(f"{axis} {mesh.axis_size(axis)}" for axis in AXES),
@@ -67,6 +111,58 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             short = len(f"{old}{new}") < 120
             found.append(f"{key} was {old}, is {new}" if short else f"{key} changed")
     return found
+
+
+STATE_KEYS = (
+    "step",
+    "consumed_samples",
+    "optimizer_updates",
+    "nonfinite_in_a_row",
+    "skipped_updates",
+    "spikes",
+    "rewinds",
+    "loss_scale",
+    "precision_tensors",
+    "data_order",
+    "token_file_dates",
+    "environment",
+)
+"""What the trainer saves beside the tensors."""
+
+
+def check_state(state: dict[str, Any], recipe: Recipe, directory: Path) -> None:
+    """Make sure that nothing of a checkpoint's state is missing or was reset.
+
+    Raises:
+        CheckpointError: an item is missing, or contradicts another.
+        ValueError: the size of the global batch is another.
+    """
+    missing = [key for key in STATE_KEYS if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{directory / 'trainer.json'}: {', '.join(missing)} missing, without which the run "
+            "would not go on as it was; use another checkpoint"
+        )
+    step = read_manifest(directory)["step"]
+    updates = state["optimizer_updates"] + state["skipped_updates"]
+    if not step == state["step"] == updates:
+        raise CheckpointError(
+            f"{directory / 'trainer.json'}: step {state['step']} and {updates} updates, done or "
+            f"skipped, in a checkpoint of step {step}; use another checkpoint"
+        )
+    batch = recipe.train.global_batch_size
+    if state["consumed_samples"] != step * batch:
+        raise ValueError(
+            f"{directory} has seen {state['consumed_samples']} samples in {step} steps; "
+            f"train.global_batch_size={batch} does not fit that and cannot change within a run"
+        )
+
+
+def recipe_changes(recipe: Recipe, directory: Path) -> list[str]:
+    """What of the recipe changes the numbers of a run from here on, as "key was A, is B"."""
+    before = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    drift = recipe_drift(before, recipe.to_dict(), "warn")
+    return [f"{key} was {old}, is {new}" for key, (old, new) in drift.items()]
 
 
 def check_same_model(model: Model, directory: Path) -> None:

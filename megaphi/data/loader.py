@@ -8,6 +8,7 @@ The whole state is therefore one integer, the number of samples consumed by all 
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -90,6 +91,9 @@ class Loader:
     a run that is longer than its plan goes on with another order. With `eod_id` the micro-batches
     say where their documents are.
 
+    `sample_at(position)` gives the sample at a position of the run, where samples are left out;
+    `waiting` is entered while `next` waits for the thread.
+
     Raises (from `next`):
         RunError: a token id is outside the vocabulary.
     """
@@ -107,6 +111,8 @@ class Loader:
         device: torch.device,
         prefetch: int,
         eod_id: int | None = None,
+        sample_at: Callable[[int], int] = lambda position: position,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._dataset_of_pass = dataset_of_pass
         self._planned_samples = planned_samples
@@ -116,6 +122,8 @@ class Loader:
         self._vocab_size = vocab_size
         self._device = device
         self._eod_id = eod_id
+        self._sample_at = sample_at
+        self._waiting = waiting
         self._queue: queue.Queue[MicroBatch | Exception] = queue.Queue(maxsize=max(1, prefetch))
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -129,8 +137,8 @@ class Loader:
         while True:
             first = consumed + self._data_rank * self._micro_batch_size
             rows = []
-            for sample in range(first, first + self._micro_batch_size):
-                number, index = divmod(sample, self._planned_samples)
+            for position in range(first, first + self._micro_batch_size):
+                number, index = divmod(self._sample_at(position), self._planned_samples)
                 if dataset is None or number != current:
                     current, dataset = number, self._dataset_of_pass(number)
                 rows.append(read_samples(dataset, index, 1, self._vocab_size))
@@ -159,7 +167,8 @@ class Loader:
         return False
 
     def __next__(self) -> MicroBatch:
-        item = self._queue.get()
+        with self._waiting():
+            item = self._queue.get()
         if isinstance(item, Exception):
             raise item
         return item

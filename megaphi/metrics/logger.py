@@ -1,34 +1,52 @@
 """What a run reports: metrics.jsonl, TensorBoard, and one line on the console.
 
 Only the main process has a logger. `metrics.jsonl` has one object a step (step, loss, grad_norm,
-lr, consumed_samples, tokens_per_second_per_gpu, mfu, seconds, …) and one for every evaluation
-(step, validation_loss).
+lr, consumed_samples, tokens_per_second_per_gpu, mfu, seconds, …), one for every evaluation
+(step, validation_loss), and one for each event after a step: {"step": 1200, "event": "resume", …}
+or "rewind".
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megaphi.config import Recipe
+from megaphi.errors import RunError
 
 METRICS_NAME = "metrics.jsonl"
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a metrics file, as they are and as objects."""
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        yield line, row
+
+
+def has_evaluation(run_dir: Path, step: int) -> bool:
+    """Whether a run's metrics have the validation loss of a step."""
+    rows = _rows(run_dir / METRICS_NAME)
+    return any("validation_loss" in row and row["step"] == step for _, row in rows)
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that a run has reported, 0 without any."""
+    return max((row["step"] for _, row in _rows(run_dir / METRICS_NAME)), default=0)
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run will write again, and a torn last line."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + b"\n")
+    kept = [line + b"\n" for line, row in _rows(path) if row["step"] <= step]
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.write_bytes(b"".join(kept))
     temporary.rename(path)
@@ -78,8 +96,10 @@ class RunLogger:
     def __init__(self, recipe: Recipe, run_dir: Path, start_step: int) -> None:
         self._recipe = recipe
         self._total = recipe.train.steps
-        keep_metrics_until(run_dir / METRICS_NAME, start_step)
-        self._file = (run_dir / METRICS_NAME).open("a", encoding="utf-8")
+        self._path = run_dir / METRICS_NAME
+        keep_metrics_until(self._path, start_step)
+        self._events = [row for _, row in _rows(self._path) if "event" in row]
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = None
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -118,10 +138,27 @@ class RunLogger:
         self.say(f"step {step}/{self._total} | validation loss {loss:.3f}")
         self._points("validation", row)
 
+    def event(self, step: int, name: str, **details: Any) -> None:
+        """Record that something happened after a step; once, however often the run is resumed."""
+        row = {"step": step, "event": name, **details}
+        if row not in self._events:
+            self._events.append(row)
+            self._write(row)
+
     def _write(self, row: dict[str, Any]) -> None:
-        """Append one line; a killed run loses at most the line being written."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Append one line; a killed run loses at most the line being written.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"{self._path}: step {row['step']} could not be written: {error}; make room, and "
+                "run again from the newest checkpoint"
+            ) from error
 
     def _points(self, group: str, row: dict[str, Any]) -> None:
         """Draw a row's numbers over the step."""
@@ -134,8 +171,9 @@ class RunLogger:
                 )
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
+        """Close the files; what could not be written has been said."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()  # type: ignore[no-untyped-call]
         if self._bar is not None:

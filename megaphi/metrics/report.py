@@ -1,6 +1,8 @@
 """Turns what a step left on the device into a row of metrics, and watches over it."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,6 +12,7 @@ from megaphi.metrics.flops import flops_per_token, peak_flops
 from megaphi.metrics.logger import RunLogger
 from megaphi.metrics.meter import Later, StepTimer, device_name, peak_memory_gib
 from megaphi.parallel.mesh import Mesh
+from megaphi.resilience.spikes import Spike, SpikeWatch
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Reporter:
 
     def __init__(self, recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> None:
         self.nonfinite_in_a_row = 0
+        self.skipped_updates = 0
+        self.spike: Spike | None = None
+        """The loss spike that the steps reported so far have completed."""
+        self._spikes = SpikeWatch(recipe.train)
         self.timer = StepTimer(mesh.device)
         self._recipe = recipe
         self._mesh = mesh
@@ -51,6 +58,9 @@ class Reporter:
             if self._has_loss_scale:
                 row["loss_scale"] = scale
             logger.step(row)
+        self.skipped_updates += not counted
+        if math.isfinite(loss) and counted and self.spike is None:
+            self.spike = self._spikes.add(metrics.step, loss)
         if counted:
             self.nonfinite_in_a_row = 0
         elif scale <= 1.0:
@@ -64,6 +74,20 @@ class Reporter:
                 "optimizer.learning_rate, or look at the samples of these steps"
             )
         return asked > 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, after the step it is of was reported."""
+        return {
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "skipped_updates": self.skipped_updates,
+            "spikes": self._spikes.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint stopped."""
+        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.skipped_updates = state["skipped_updates"]
+        self._spikes.load_state(state["spikes"])
 
     def _row(
         self, metrics: StepMetrics, loss: float, norm: float, seconds: float

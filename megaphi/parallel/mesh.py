@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,24 @@ class Mesh:
     def from_main(self, value: Any) -> Any:
         """Main's value on every process."""
         return self.gather(value if self.is_main else None)[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Let main do something; its result, or its error, on every process."""
+        result: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as caught:
+                error = caught
+        result, error = self.from_main((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def any(self, holds: bool) -> bool:
+        """Whether something holds on any process; also while a thread uses `control`."""
+        return bool(self.sum_(torch.tensor([float(holds)], device=self.device)).item() > 0)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor over all processes in place, without waiting for the host."""

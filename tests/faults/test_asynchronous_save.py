@@ -99,7 +99,7 @@ def test_one_process_cannot_write(
     assert statuses == [1, 1], printed
     for rank in (0, 1):
         line = next(li for li in printed.splitlines() if f"[rank {rank}]: error" in li)
-        assert "could not be written: [Errno 28] No space left on device" in line
+        assert "could not be written by process 1: [Errno 28] No space left on device" in line
     assert [path.name for path in find_checkpoints(run_dir)] == ["step-00000005"]
     assert (run_dir / "latest").read_text() == "step-00000005\n"
     assert_resumes(launcher, toy_tokens, run_dir, straight)
