@@ -336,11 +336,14 @@ def test_a_ray_node_killed_in_the_middle_changes_nothing(tmp_path: Path, cluster
     raylet = cluster.lost.all_processes["raylet"][0].process.pid
 
     def kill() -> None:
-        # once the node has begun a shard, and some are done
+        # once the node is in the middle of a shard, and some are done
         deadline = time.monotonic() + 60
+        workers: set[int] = set()
         while time.monotonic() < deadline:
-            workers = {int(path.name.split("-")[2]) for path in nodes.glob(f"{raylet}-*")}
-            if workers and len(list((tmp_path / "ray.partial/shards").glob("?????"))) > 2:
+            done = {int(path.name) for path in (tmp_path / "ray.partial/shards").glob("?????")}
+            begun = [path.name.split("-") for path in nodes.glob(f"{raylet}-*")]
+            workers = {int(worker) for _, _, worker in begun}
+            if len(done) > 2 and any(int(number) not in done for _, number, _ in begun):
                 break
             time.sleep(0.01)
         for process in (raylet, *workers):

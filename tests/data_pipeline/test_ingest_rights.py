@@ -65,7 +65,18 @@ def test_the_shipped_list() -> None:
     shipped = load_filters(FilterFiles(PERMISSIVE)).licenses
     assert shipped is not None
     assert {"mit", "apache-2.0", "bsd-2-clause", "isc", "unlicense", "0bsd", "zlib"} <= shipped
-    copyleft = ("gpl", "lgpl", "agpl", "mpl-", "epl-", "eupl", "cddl", "osl", "cc-by-sa", "cc-by-nc")
+    copyleft = (
+        "gpl",
+        "lgpl",
+        "agpl",
+        "mpl-",
+        "epl-",
+        "eupl",
+        "cddl",
+        "osl",
+        "cc-by-sa",
+        "cc-by-nc",
+    )
     assert not [name for name in shipped if name.startswith(copyleft)]
     assert len(shipped) > 190
 

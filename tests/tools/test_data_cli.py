@@ -61,7 +61,7 @@ def test_text_results_are_one_line_each(
     assert call("merge", prefix, "--out", tmp_path / "merged") == 0
     first, second, third, fourth = capsys.readouterr().out.splitlines()
     assert first.startswith(f"ingested {records}: 36 records")
-    assert "4 rejected (empty 4) of 40 read" in first
+    assert "4 rejected (empty 4) of 40 | " in first
     assert second.startswith(f"reused {records}: 36 records")
     assert third.startswith(f"tokenized {prefix}: 36 documents")
     assert "gigatoken" in third
@@ -73,7 +73,7 @@ def test_text_results_are_one_line_each(
     [
         ([], "required: VERB"),
         (["nonsense"], "invalid choice: 'nonsense'"),
-        (["ingest"], "required: --out, SOURCE"),
+        (["ingest"], "required: SOURCE, --out"),
         (["ingest", "TREE", "--out", "OUT", "--bogus"], "unrecognized arguments: --bogus"),
         (["ingest", "TREE", "--out", "OUT", "--max-bytes", "many"], "invalid int value: 'many'"),
         (["ingest", "TREE", "--out", "OUT", "--workers", "0"], "--workers 0"),

@@ -377,7 +377,7 @@ def test_bad_completions_are_named(tmp_path: Path, capsys: Any, row: str, said: 
     [
         ([], "exactly one of MODEL"),
         (["model", "--canonical"], "exactly one of MODEL"),
-        (["--canonical", "--all-checkpoints"], "needs a run directory"),
+        (["--canonical", "--all-checkpoints"], "need a run directory"),
         (["model", "--tensorboard"], "goes with --all-checkpoints"),
         (["model", "--samples", "5"], "are all the same"),
         (["model", "--samples", "0"], "--samples must be above 0"),
