@@ -24,6 +24,23 @@ def write_toy_tokens(prefix: Path, *, vocab_size: int = 512, documents: int = 20
     return prefix
 
 
+def write_byte_tokenizer(folder: Path) -> Path:
+    """A tokenizer of one token a byte, 256 the end of a text."""
+    import tokenizers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def toy_options(prefix: Path, run_dir: Path, **overrides: Any) -> list[str]:
     """Options of a run that takes about a second; `section__key=value` overrides one."""
     options = {

@@ -10,11 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-import tokenizers
 
 from megaphi.checkpoint.manifest import find_checkpoints
 from megaphi.recipe_file import load_recipe
-from tests.helpers import REPOSITORY, child_environment, curve, metrics, run_training, toy_options
+from tests.helpers import (
+    REPOSITORY,
+    child_environment,
+    curve,
+    metrics,
+    run_training,
+    toy_options,
+    write_byte_tokenizer,
+)
 from tests.isolation import needs_sandbox
 
 LAUNCH = REPOSITORY / "launch"
@@ -147,13 +154,7 @@ def test_checkpoints_are_scored_beside_the_training(toy_tokens: Path, tmp_path: 
     prefix = tmp_path / "toy"
     for suffix in (".bin", ".idx"):
         shutil.copyfile(f"{toy_tokens}{suffix}", f"{prefix}{suffix}")
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    (tmp_path / "toy.tokenizer").mkdir()
-    tokenizer.save(str(tmp_path / "toy.tokenizer" / "tokenizer.json"))
+    write_byte_tokenizer(tmp_path / "toy.tokenizer")
     suite = tmp_path / "short.jsonl"
     test = "def check(candidate):\n    assert candidate() == 1\n"
     problem = {"task_id": "toy/1", "prompt": "def f():", "entry_point": "f", "test": test}

@@ -18,7 +18,7 @@ from megaphi.checkpoint.weights import load_model, write_weights_checkpoint
 from megaphi.config import Model, Recipe
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
-from tests.helpers import child_environment, toy_options
+from tests.helpers import child_environment, toy_options, write_byte_tokenizer
 from tests.isolation import needs_sandbox
 from tools.cli import main
 from tools.evaluation.completions import truncate
@@ -45,17 +45,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One token a byte, 256 the end of a text."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from megaphi.checkpoint.weights import load_model, write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
-from tests.helpers import child_environment
+from tests.helpers import child_environment, write_byte_tokenizer
 from tools.cli import main
 
 MODEL = Model(num_layers=2, hidden_size=32, num_heads=2, vocab_size=300, max_sequence_length=96)
@@ -23,17 +23,7 @@ MODEL = Model(num_layers=2, hidden_size=32, num_heads=2, vocab_size=300, max_seq
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One token a byte, 256 the end of a text."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
