@@ -68,25 +68,24 @@ def _check_recipe_file(path: Path) -> None:
     require(isinstance(tree, dict), f"{path}: a recipe is a mapping of sections, see the README")
     known = [section.name for section in dataclasses.fields(Recipe)]
     for section, values in tree.items():
-        require(section in known, f"{path}: {_unknown(str(section), known)}")
+        _check_key(str(section), known, f"{path}: ")
         require(isinstance(values, dict), f"{path}: section {section} is not a mapping")
         for key in values:
-            name = f"{section}.{key}"
-            require(name in recipe_keys(), f"{path}: {_unknown(name, recipe_keys())}")
+            _check_key(f"{section}.{key}", recipe_keys(), f"{path}: ")
 
 
 def _check_option_names(words: Sequence[str]) -> None:
     """Raise a `ValueError` for the first option that is not a key of a recipe."""
     for word in words:
         if word.startswith("--") and word not in ("--help", "--recipe-file"):
-            name = word[2:].split("=", 1)[0]
-            require(name in recipe_keys(), _unknown(name, recipe_keys()))
+            _check_key(word[2:].split("=", 1)[0], recipe_keys())
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
-    """Say that `name` is unknown and which of `known` is nearest."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"unknown key {name}; the nearest known key is {near[0]}"
+def _check_key(name: str, known: Sequence[str], where: str = "") -> None:
+    """Raise a `ValueError` that names the nearest known key if `name` is none of them."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise ValueError(f"{where}unknown key {name}; the nearest known key is {near[0]}")
 
 
 def _plain_message(message: str) -> str:

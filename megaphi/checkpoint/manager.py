@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from megaphi.checkpoint.manifest import (
     CheckpointError,
     FileDigest,
+    check_name,
     check_strangers,
     checkpoint_name,
     find_checkpoints,
@@ -41,7 +42,7 @@ from megaphi.checkpoint.staging import Background, Staging
 from megaphi.checkpoint.tokenizer_files import copy_tokenizer
 from megaphi.checkpoint.weights import write_model_config
 from megaphi.config import Recipe
-from megaphi.durable import sync, write_durably
+from megaphi.durable import make_directory, sync, write_durably
 from megaphi.errors import RunError
 from megaphi.parallel.mesh import Mesh
 
@@ -66,7 +67,7 @@ class CheckpointManager:
 
     def _claim(self) -> None:
         """Create the run directory and make sure that no other run is using it."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(self.run_dir)
         self._lock = (self.run_dir / ".lock").open("w", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,7 +178,7 @@ class CheckpointManager:
         """Write, publish and verify; all processes fail together, whichever has the problem."""
         final = self.run_dir / checkpoint_name(step)
         temporary = self.run_dir / f".{final.name}.tmp"
-        self._on_main(lambda: self._start(temporary))
+        self._on_main(lambda: self._start(temporary, final))
         planner = None if self._staging is None else self._staging.planner()
         digests = write_tensors(temporary, tensors, planner, self.mesh)
         self._on_main(lambda: self._finish(temporary, final, step, digests, trainer_state))
@@ -187,10 +188,12 @@ class CheckpointManager:
         self._on_main(lambda: self._make_latest(final))
 
     @staticmethod
-    def _start(temporary: Path) -> None:
-        """Make an empty hidden directory; one that a killed save left behind is dropped."""
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    def _start(temporary: Path, final: Path) -> None:
+        """Make an empty hidden directory; one that a failed save left behind is dropped."""
+        with _named(f"{final}: could not be written"):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()
 
     def _finish(
         self,
@@ -200,39 +203,49 @@ class CheckpointManager:
         digests: dict[str, FileDigest],
         trainer_state: str,
     ) -> None:
-        """Add the small files and the manifest, and publish."""
-        write_model_config(temporary, self.recipe.model)
-        (temporary / "trainer.json").write_text(trainer_state, encoding="utf-8")
-        (temporary / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-        tokenizer = self.run_dir / "tokenizer"
-        if tokenizer.is_dir():
-            copy_tokenizer(tokenizer, temporary / "tokenizer")
-        write_manifest(temporary, digests, {"step": step, "processes": self.mesh.size})
-        publish(temporary, final)
+        """Add the small files and the manifest, and publish; or drop the directory."""
+        try:
+            with _named(f"{final}: could not be written"):
+                write_model_config(temporary, self.recipe.model)
+                (temporary / "trainer.json").write_text(trainer_state, encoding="utf-8")
+                (temporary / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+                tokenizer = self.run_dir / "tokenizer"
+                if tokenizer.is_dir():
+                    copy_tokenizer(tokenizer, temporary / "tokenizer")
+                write_manifest(temporary, digests, {"step": step, "processes": self.mesh.size})
+                publish(temporary, final)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     def _make_latest(self, newest: Path) -> None:
         """Name a verified checkpoint in `latest` and delete what is beyond `keep`.
 
         Permanent steps and the checkpoint that the run resumed from are spared.
         """
-        write_durably(self.run_dir / "latest", newest.name + "\n")
+        with _named(f"{newest} is complete, but {self.run_dir / 'latest'} could not be written"):
+            write_durably(self.run_dir / "latest", newest.name + "\n")
         permanent = self.recipe.checkpoint.permanent_interval
         others = [path for path in find_checkpoints(self.run_dir) if path != newest]
         for path in others[self.recipe.checkpoint.keep - 1 :]:
             step = int(path.name.removeprefix("step-"))
             if path != self._protected and not (permanent and step % permanent == 0):
-                remove(path)
+                with _named(f"{newest} is complete, but {path} could not be deleted"):
+                    remove(path)
 
     def _verify(self, directory: Path) -> str | None:
         """Verify a checkpoint, each process a share of the files; the problem, or None."""
         problem = None
         try:
             manifest = read_manifest(directory)
+            check_name(directory, manifest)
             check_strangers(directory, manifest)
             names = sorted(manifest["files"])
             verify_files(directory, manifest, names[self.mesh.rank :: self.mesh.size])
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"{directory}: {error}"
         return next((text for text in self.mesh.gather(problem) if text is not None), None)
 
     def find(self) -> Path | None:
@@ -310,6 +323,15 @@ class CheckpointManager:
             cause = next(iter(error.failures.values()))[0]
             raise CheckpointError(f"{directory}: does not fit this model: {cause}") from error
         return state
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turn an error of the file system, which may not say where, into a `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error}") from error
 
 
 def _read_trainer_state(directory: Path) -> Any:

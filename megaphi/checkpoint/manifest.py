@@ -131,9 +131,18 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
         CheckpointError: names the first file that is missing, altered or not in the manifest.
     """
     manifest = read_manifest(directory)
+    check_name(directory, manifest)
     check_strangers(directory, manifest)
     verify_files(directory, manifest, manifest["files"])
     return manifest
+
+
+def check_name(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise a `CheckpointError` if the directory is named after another step than it holds."""
+    match = _STEP_PATTERN.fullmatch(directory.name)
+    step = manifest.get("step")
+    if match and step is not None and int(match.group(1)) != step:
+        raise CheckpointError(f"{directory / MANIFEST_NAME}: this is the checkpoint of step {step}")
 
 
 def check_strangers(directory: Path, manifest: Mapping[str, Any]) -> None:

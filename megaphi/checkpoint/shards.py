@@ -33,7 +33,10 @@ class _HashingStream:
         """Write and hash a block."""
         self._digest.update(block)
         self._size += len(block)
-        return int(self._file.write(block))
+        written = int(self._file.write(block))
+        # torch syncs the file without this, and another host cannot sync what waits here
+        self._file.flush()
+        return written
 
     def result(self) -> FileDigest:
         """Size and SHA-256 of all that was written."""
@@ -114,11 +117,12 @@ def write_tensors(
         )
     except (dcp.api.CheckpointException, OSError) as error:
         causes = getattr(error, "failures", {})
-        problem = str(next(iter(causes.values()))[0]) if causes else str(error)
+        rank, cause = next(((r, c[0]) for r, c in causes.items()), (mesh.rank, error))
+        problem = f"by process {rank}: {cause}"
     problems, parts = zip(*mesh.gather((problem, files.digests)), strict=True)
     failed = next((text for text in problems if text is not None), None)
     if failed is not None:
         if mesh.is_main:
             shutil.rmtree(directory, ignore_errors=True)
-        raise CheckpointError(f"{directory}: could not be written: {failed}")
+        raise CheckpointError(f"{directory}: could not be written {failed}")
     return {name: digest for part in parts for name, digest in part.items()}

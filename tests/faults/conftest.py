@@ -1,0 +1,30 @@
+"""What the tests of faults share."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.save_trials import Saves
+from tests.layouts import Launcher
+
+
+@pytest.fixture(scope="session")
+def warm_launcher() -> Iterator[Launcher]:
+    """Starts processes by forking one that has imported everything."""
+    with Launcher() as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="session")
+def saves(warm_launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Saves:
+    """Disturbs saves of a small state."""
+    return Saves(warm_launcher, tmp_path_factory.mktemp("saves"))
+
+
+@pytest.fixture
+def generator() -> random.Random:
+    """Another sequence every time; its seed is in the output of a test that fails."""
+    seed = random.SystemRandom().randrange(1_000_000)
+    print(f"seed {seed}")
+    return random.Random(seed)

@@ -1,0 +1,48 @@
+"""The power fails after any file-system call of a save: what was not synced may be gone or zero."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.disk_model import Disk, read_image
+from tests.faults.file_calls import watch_files
+from tests.faults.save_trials import Kind, Saves, power_loss
+
+
+@pytest.mark.parametrize("kind", [Kind(1, True), Kind(2, False)], ids=str)
+@pytest.mark.parametrize("new", [False, True], ids=["next save", "first save"])
+def test_power_fails(saves: Saves, kind: Kind, new: bool, generator: random.Random) -> None:
+    """The first save of a run also makes its directory, and those above."""
+    outcome = power_loss(saves, kind, generator, new)
+    assert outcome.violations == []
+    assert 0 < outcome.figures["resumed_from_new"] < outcome.trials
+
+
+def test_what_the_model_takes_away(tmp_path: Path) -> None:
+    """Names and bytes each need a sync of their own; a rename takes effect as a whole."""
+    (tmp_path / "old").write_text("before")
+    disk, rng = Disk(tmp_path), random.Random(0)
+    with watch_files(tmp_path) as calls:
+        (tmp_path / "new").write_text("content")
+        (tmp_path / "old").rename(tmp_path / "older")
+    for call in calls:
+        disk.apply(call)
+    assert disk.image(("kept", "kept"), rng) == read_image(tmp_path)
+    assert disk.image(("lost", "kept"), rng) == {"old": b"before"}
+    assert disk.image(("kept", "lost"), rng) == {"new": b"", "older": b"before"}
+    assert disk.image(("kept", "zeros"), rng) == {"new": bytes(7), "older": b"before"}
+    with watch_files(tmp_path) as calls, (tmp_path / "third").open("wb") as file:
+        file.write(b"synced")
+        file.flush()
+        os.fsync(file.fileno())
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        file.write(b"not")
+    for call in calls:
+        disk.apply(call)
+    lost = disk.image(("lost", "lost"), rng)
+    assert lost == {"new": b"", "older": b"before", "third": b"synced"}
+    assert [call.kind for call in calls] == ["create", "write", "sync", "sync", "write"]

@@ -1,0 +1,10 @@
+"""Saving again and again needs no more memory than saving once."""
+
+from tests.faults.save_trials import Saves, save_memory
+
+
+def test_memory_does_not_grow(saves: Saves) -> None:
+    """Peak: the state, a snapshot of it, and one file at a time."""
+    outcome = save_memory(saves, asynchronous=True, count=40)
+    assert outcome.violations == []
+    assert 2.0 < outcome.figures["peak"] < 2.2
