@@ -25,7 +25,7 @@ from megaphi.config import Recipe
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
 from megaphi.recipe_file import recipe_keys
-from tests.helpers import metrics, toy_options
+from tests.helpers import REPOSITORY, metrics, toy_options
 
 Train = Callable[[list[str]], Recipe]
 # one more step than the checkpoint has
@@ -95,6 +95,13 @@ def vouch(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     (checkpoint / MANIFEST_NAME).unlink()
     write_manifest(checkpoint, {}, {key: manifest[key] for key in ("step", "processes")})
+
+
+def test_the_page_says_what_the_code_does() -> None:
+    page = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    said = {(row[0].strip("| `"), row[1], row[2].strip("| ")) for row in rows if len(row) == 3}
+    assert {(rule.what, rule.action, rule.why) for rule in drift_table()} <= said
 
 
 def test_every_key_of_a_recipe_has_a_rule() -> None:
