@@ -37,6 +37,7 @@ _WARM = [
     "copy",
     "datetime",
     "decimal",
+    "doctest",
     "fractions",
     "functools",
     "hashlib",
