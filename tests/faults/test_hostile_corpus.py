@@ -2,7 +2,8 @@
 
 import json
 import random
-import resource
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from megaphi.data.indexed import IndexedDataset
 from tests.data_pipeline.record_files import read
 from tests.data_pipeline.test_pipeline_ingest import hostile_tree
 from tests.data_pipeline.test_secrets import planted
+from tests.helpers import REPOSITORY, child_environment
 from tools.data import main
 
 STAGES = ("records", "examined", "unique")
@@ -35,6 +37,19 @@ def chain(source: list[str], root: Path, workers: int = 1) -> Path:
     prefix = str(root / "tokens")
     assert main(["tokenize", unique, "--tokenizer", "codegen", "--out", prefix, *shared]) == 0
     return root / "tokens"
+
+
+# in a process of its own, so that the peak is that of the chain and its workers
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from data_pipeline import ingest
+from tests.faults.test_hostile_corpus import chain
+ingest.SHARD_BYTES = 2**20
+chain([sys.argv[1]], Path(sys.argv[2]))
+both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+print(max(resource.getrusage(who).ru_maxrss for who in both))
+"""
 
 
 def fates(root: Path) -> Counter[tuple[str, str]]:
@@ -110,7 +125,12 @@ def test_sixty_hostile_files_through_the_whole_chain(
     count = len(hostile_tree(tmp_path / "tree")) + more_hostile_files(tmp_path / "tree")
     assert count >= 60
     source = [str(tmp_path / "tree")]
-    one = chain(source, tmp_path / "one")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *source, str(tmp_path / "one")],
+        env=child_environment(), cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout.splitlines()[-1]) < 2**20  # kB
+    one = tmp_path / "one" / "tokens"
     found = fates(tmp_path / "one")
     assert len(found) == count
     assert len({record_id for record_id, _ in found}) == count
@@ -121,8 +141,6 @@ def test_sixty_hostile_files_through_the_whole_chain(
     assert fates(tmp_path / "many") == found
     for suffix in (".bin", ".idx", ".documents.jsonl"):
         assert Path(f"{many}{suffix}").read_bytes() == Path(f"{one}{suffix}").read_bytes()
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        assert resource.getrusage(who).ru_maxrss < 2**20  # kB
 
     # No document can speak as the tokenizer, and each comes back to the letter.
     tokenizer = load_tokenizer("codegen")
