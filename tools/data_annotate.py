@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tools.data_llm import (
-    add_common,
     add_server,
     consent,
     llm_result,
@@ -17,6 +16,7 @@ from tools.data_llm import (
     stage_options,
     unanswered,
 )
+from tools.data_stage import add_output
 
 
 def add_parser(verbs: Any) -> None:
@@ -54,7 +54,7 @@ def add_parser(verbs: Any) -> None:
         metavar="SHARE",
         help="of the canaries that an annotator must judge rightly",
     )
-    add_common(parser)
+    add_output(parser, max_reject=0.5)
     add_server(parser)
     parser.set_defaults(run=run)
 

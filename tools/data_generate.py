@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from tools import data_execute
 from tools.data_llm import (
-    add_common,
     add_server,
     consent,
     llm_result,
@@ -19,6 +18,7 @@ from tools.data_llm import (
     stage_options,
     unanswered,
 )
+from tools.data_stage import add_output
 
 if TYPE_CHECKING:
     from data_pipeline.llm.generate import Writing
@@ -64,7 +64,7 @@ def add_parser(verbs: Any) -> None:
         metavar="NAME_OR_DIR",
         help="count prompt tokens with it in the estimate (the cap keeps reserving their bytes)",
     )
-    add_common(parser)
+    add_output(parser, max_reject=0.5)
     add_server(parser)
     parser.set_defaults(run=run)
 

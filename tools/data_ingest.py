@@ -2,11 +2,10 @@
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from tools.data_engine import add_engine
-from tools.data_stage import stage_options, stage_result
+from tools.data_stage import add_output, stage_options, stage_result
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,9 +27,7 @@ def add_parser(subparsers: Any) -> None:
         "Posts.xml of a Stack Exchange dump, or its .7z; directory saved by `datasets`; "
         "OWNER/NAME[:SPLIT] on the Hugging Face hub",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="what to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace another output")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_output(parser, max_reject=0.5)
     parser.add_argument(
         "--source",
         metavar="LABEL",
@@ -53,13 +50,6 @@ def add_parser(subparsers: Any) -> None:
         help="leave out files and folders of this name or shell pattern; may be repeated",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="read only the first N documents")
-    parser.add_argument(
-        "--max-reject",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="share of refused documents, 0 to 1, above which nothing is published (exit 3)",
-    )
     parser.add_argument("--zstd", action="store_true", help="write .jsonl.zst parts")
     _add_rights(parser)
     _add_questions(parser)

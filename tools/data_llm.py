@@ -20,20 +20,6 @@ if TYPE_CHECKING:
 OPENAI_VARIABLE, OTHER_VARIABLE = "OPENAI_API_KEY", "MEGAPHI_API_KEY"
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Options of every stage that is a verb of `megaphi data`."""
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="what to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace another output")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--max-reject",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="share of refused documents, 0 to 1, above which nothing is published (exit 3)",
-    )
-
-
 def add_server(parser: argparse.ArgumentParser) -> None:
     """Options that say where the server is, what it costs and how fast to ask."""
     group = parser.add_argument_group("server")

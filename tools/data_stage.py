@@ -24,20 +24,30 @@ def add_stage_parser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS_DIR")
+    add_output(parser, max_reject=0.9)
+    parser.add_argument("--zstd", action="store_true", help="write .jsonl.zst parts")
+    add_engine(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_output(parser: argparse.ArgumentParser, *, max_reject: float) -> None:
+    """Add the options of every verb that publishes a records directory.
+
+    Args:
+        parser: of the verb.
+        max_reject: default of `--max-reject`.
+    """
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="what to make")
     parser.add_argument("--overwrite", action="store_true", help="replace another output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--max-reject",
         type=float,
-        default=0.9,
+        default=max_reject,
         metavar="SHARE",
         help="share of refused documents, 0 to 1, above which nothing is published (exit 3)",
     )
-    parser.add_argument("--zstd", action="store_true", help="write .jsonl.zst parts")
-    add_engine(parser)
-    parser.set_defaults(run=run)
-    return parser
 
 
 @contextmanager

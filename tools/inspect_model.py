@@ -4,7 +4,6 @@ torch is not imported: tensor files are known by their headers, which the safete
 and checks alone.
 """
 
-import io
 import json
 import math
 import statistics
@@ -22,7 +21,7 @@ from megaphi.checkpoint.manifest import (
     verify_files,
 )
 from megaphi.errors import RunError
-from megaphi.metrics.logger import METRICS_NAME
+from megaphi.metrics.logger import METRICS_NAME, metric_rows
 
 _TENSOR_SUFFIX = ".safetensors"
 _HIGHLIGHTS = (
@@ -220,25 +219,20 @@ def _short(checkpoint: Path, *, deep: bool) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
-    """Sum up metrics.jsonl, line by line; a line that a killed run left torn is passed over."""
+    """Sum up metrics.jsonl, line by line."""
     last: dict[str, Any] = {}
     validation: dict[str, Any] = {}
     rates: list[float] = []
     nonfinite = 0
-    with path.open("rb") if path.is_file() else io.BytesIO() as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if "event" in row:
-                continue
-            if "validation_loss" in row:
-                validation = row
-                continue
-            last = row
-            rates.append(row["tokens_per_second_per_gpu"])
-            nonfinite += row["loss"] is None
+    for _, row in metric_rows(path):
+        if "event" in row:
+            continue
+        if "validation_loss" in row:
+            validation = row
+            continue
+        last = row
+        rates.append(row["tokens_per_second_per_gpu"])
+        nonfinite += row["loss"] is None
     return {
         "last_step": last.get("step"),
         "loss": last.get("loss"),

@@ -1,14 +1,13 @@
 """`megaphi inspect RUN --plot FILE.png`: a run's curves, with everything that interrupted it."""
 
 import importlib.util
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaphi.metrics.logger import METRICS_NAME
+from megaphi.metrics.logger import METRICS_NAME, metric_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,11 +54,7 @@ def read_curves(run_dir: Path) -> Curves:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there, so there is nothing to plot")
     curves = Curves()
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the end of the file, or the line that a killed run was writing
+    for _, row in metric_rows(path):
         step = row["step"]
         if "event" in row:
             curves.events.setdefault(row["event"], []).append(step)

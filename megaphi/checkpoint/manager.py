@@ -63,7 +63,7 @@ class CheckpointManager:
         self._has_told = False
         self._protected: Path | None = None
         self._lock: IO[str] | None = None
-        self._on_main(self._claim)
+        self.mesh.on_main(self._claim)
 
     def _claim(self) -> None:
         """Create the run directory and make sure that no other run is using it."""
@@ -77,20 +77,6 @@ class CheckpointManager:
         for pattern in (".step-*.tmp", "step-*.deleted"):
             for path in self.run_dir.glob(pattern):
                 shutil.rmtree(path)
-
-    def _on_main(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on main; its result, or its error, on every process."""
-        result: Any = None
-        error: Exception | None = None
-        if self.mesh.is_main:
-            try:
-                result = action()
-            except Exception as caught:
-                error = caught
-        result, error = self.mesh.from_main((result, error))
-        if error is not None:
-            raise error
-        return result
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Allocate what saving in the background needs, where the recipe asks for that.
@@ -178,14 +164,14 @@ class CheckpointManager:
         """Write, publish and verify; all processes fail together, whichever has the problem."""
         final = self.run_dir / checkpoint_name(step)
         temporary = self.run_dir / f".{final.name}.tmp"
-        self._on_main(lambda: self._start(temporary, final))
+        self.mesh.on_main(lambda: self._start(temporary, final))
         planner = None if self._staging is None else self._staging.planner()
         digests = write_tensors(temporary, tensors, planner, self.mesh)
-        self._on_main(lambda: self._finish(temporary, final, step, digests, trainer_state))
+        self.mesh.on_main(lambda: self._finish(temporary, final, step, digests, trainer_state))
         problem = self._verify(final)
         if problem is not None:
             raise CheckpointError(f"the checkpoint just written does not verify: {problem}")
-        self._on_main(lambda: self._make_latest(final))
+        self.mesh.on_main(lambda: self._make_latest(final))
 
     @staticmethod
     def _start(temporary: Path, final: Path) -> None:
@@ -273,7 +259,7 @@ class CheckpointManager:
             problem = self._verify(path)
             if problem is None:
                 return path
-            aside = self._on_main(partial(_set_aside, path, problem))
+            aside = self.mesh.on_main(partial(_set_aside, path, problem))
             if self.mesh.is_main:
                 message = f"megaphi: damaged checkpoint: {problem}; set aside as {aside}"
                 print(message, file=sys.stderr, flush=True)
@@ -287,7 +273,7 @@ class CheckpointManager:
 
     def _find_named(self, path: Path, own: list[Path]) -> Path:
         """Verify the checkpoint that the user named."""
-        if not self._on_main(path.is_dir):
+        if not self.mesh.on_main(path.is_dir):
             raise ValueError(f"checkpoint.resume={path}: no such checkpoint directory")
         if own and own[0].name > path.name:
             raise ValueError(
@@ -315,7 +301,7 @@ class CheckpointManager:
             CheckpointError: the checkpoint has no trainer state or lacks a tensor.
         """
         self._protected = directory
-        state: dict[str, Any] = self._on_main(partial(_read_trainer_state, directory))
+        state: dict[str, Any] = self.mesh.on_main(partial(_read_trainer_state, directory))
         reader = dcp.HuggingFaceStorageReader(str(directory))
         try:
             dcp.load(tensors_of(state), storage_reader=reader, process_group=self.mesh.control)

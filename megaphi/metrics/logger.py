@@ -21,32 +21,38 @@ from megaphi.errors import RunError
 METRICS_NAME = "metrics.jsonl"
 
 
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of a metrics file, as they are and as objects."""
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        yield line, row
+def metric_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a metrics file, as they are and as objects; none if there is no file.
+
+    A line that a killed run left torn is passed over.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            yield line.rstrip(b"\n"), row
 
 
 def has_evaluation(run_dir: Path, step: int) -> bool:
     """Whether a run's metrics have the validation loss of a step."""
-    rows = _rows(run_dir / METRICS_NAME)
+    rows = metric_rows(run_dir / METRICS_NAME)
     return any("validation_loss" in row and row["step"] == step for _, row in rows)
 
 
 def last_step(run_dir: Path) -> int:
     """The last step that a run has reported, 0 without any."""
-    return max((row["step"] for _, row in _rows(run_dir / METRICS_NAME)), default=0)
+    return max((row["step"] for _, row in metric_rows(run_dir / METRICS_NAME)), default=0)
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run will write again, and a torn last line."""
     if not path.is_file():
         return
-    kept = [line + b"\n" for line, row in _rows(path) if row["step"] <= step]
+    kept = [line + b"\n" for line, row in metric_rows(path) if row["step"] <= step]
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.write_bytes(b"".join(kept))
     temporary.rename(path)
@@ -98,7 +104,7 @@ class RunLogger:
         self._total = recipe.train.steps
         self._path = run_dir / METRICS_NAME
         keep_metrics_until(self._path, start_step)
-        self._events = [row for _, row in _rows(self._path) if "event" in row]
+        self._events = [row for _, row in metric_rows(self._path) if "event" in row]
         self._file = self._path.open("a", encoding="utf-8")
         self._board = None
         if recipe.logging.tensorboard:
