@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megaphi.metrics.memory import peak_memory, reset_peak_memory
+
 SEED = 1234
 SEQUENCE_LENGTH = 2048
 MICRO_BATCH_SIZE = 8
@@ -52,13 +54,13 @@ def run_request(measures: Mapping[str, Callable[[Request], Measure]], path: Path
     """Take the measurement that a request names and write the result beside it."""
     request: Request = json.loads(path.read_bytes())
     measure = measures[request["measure"]](request)
-    memory_before = _reset_peak_memory()
+    memory_before = reset_peak_memory()
     if measure.warm_up:
         measure.work()
     cpu_before, started = _cpu_seconds(), time.perf_counter()
     result = measure.work()
     seconds, cpu_seconds = time.perf_counter() - started, _cpu_seconds() - cpu_before
-    extra = None if memory_before is None else _memory("VmHWM") - memory_before
+    extra = None if memory_before is None else peak_memory() - memory_before
     values = {
         "amount": measure.amount,
         "seconds": seconds,
@@ -73,21 +75,6 @@ def _cpu_seconds() -> float:
     """Processor time of this process and of the children it has waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _reset_peak_memory() -> int | None:
-    """Start a new peak and return the memory now in use, bytes; None where Linux is not."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return None
-    return _memory("VmRSS")
-
-
-def _memory(key: str) -> int:
-    """A value of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def digest_arrays(arrays: Iterable[NDArray[Any]]) -> str:

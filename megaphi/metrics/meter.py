@@ -1,10 +1,11 @@
 """How long steps take and what they gave, read without making the device wait."""
 
-import resource
 import time
 
 import torch
 from torch import Tensor
+
+from megaphi.metrics.memory import peak_memory
 
 
 class StepTimer:
@@ -69,7 +70,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far: by PyTorch's allocator on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+    return peak_memory() / 2**30
 
 
 def device_name(device: torch.device) -> str:

@@ -141,7 +141,7 @@ def test_a_failed_save_stops_the_run_and_takes_nothing_with_it(
     train_here: TrainHere,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The third save fails: the run ends within two steps, `latest` and the older ones stay."""
+    """The third save fails: the next ends the run at the latest; `latest` and the older stay."""
     failed = False
 
     def fail_third(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,7 +168,7 @@ def test_a_failed_save_stops_the_run_and_takes_nothing_with_it(
     with pytest.raises(CheckpointError, match="No space left on device"):
         train_here(options)
     last = metrics(run_dir)[-1]["step"]
-    assert 60 <= last < 80  # long before the next save would have asked
+    assert 60 <= last <= 80  # a slow disk: the next save waits for this one, and hears of it
     assert (run_dir / "latest").read_text() == "step-00000040\n"
     kept = find_checkpoints(run_dir)[1 if stage == "verify" else 0 :]
     assert [path.name for path in kept] == ["step-00000040", "step-00000020"]
