@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -65,10 +66,15 @@ class Launcher:
 
 
 def _free_port() -> int:
-    """A port that nobody uses at the moment."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody uses, below those that the system gives to connections by itself.
+
+    One of those could be taken by anybody before rank 0 listens on it.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _become_trainer(job: dict[str, object], rank: int, port: int) -> None:
