@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,18 +79,6 @@ def train_command(options: list[str], processes: int = 1) -> list[str]:
     """Command line of a training run, under torchrun where it has several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *(launcher if processes > 1 else []), "-m", "megaphi.train", *options]
-
-
-def run_training(options: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Train in child processes and wait."""
-    return subprocess.run(
-        train_command(options, processes),
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

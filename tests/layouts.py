@@ -5,7 +5,9 @@ tests.layouts` imports everything once, then reads one job a line from its stand
 answers with one line each.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -13,6 +15,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -49,20 +52,52 @@ class Launcher:
         self._process.wait(timeout=30)
 
     def train(
-        self, options: list[str], processes: int, log: Path, entry: str = "megaphi.train:run"
+        self,
+        options: list[str],
+        processes: int,
+        log: Path,
+        entry: str = "megaphi.train:run",
+        errors: Path | None = None,
     ) -> list[int]:
-        """Train on `processes` processes; their exit statuses. Their output goes to `log`.
+        """Train on `processes` processes; their exit statuses.
 
+        Their output goes to `log`, what they write to stderr to `errors` if that is another file.
         `entry` is the function that each of them calls with the options.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"options": options, "processes": processes, "log": str(log), "entry": entry}
+        job = {
+            "options": [str(option) for option in options],
+            "processes": processes,
+            "log": str(log),
+            "errors": str(errors or log),
+            "entry": entry,
+        }
         print(json.dumps(job), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         assert answer, "the launcher died"
         statuses: list[int] = json.loads(answer)
         return statuses
+
+
+@functools.cache
+def _shared_launcher() -> Launcher:
+    """The launcher of this process's `run_training`; it ends with the process."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(Launcher())
+
+
+def run_training(options: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Train and wait; what `torchrun -m megaphi.train` would do, without its seconds of imports.
+
+    The exit status is the first that is not 0, with the output of all processes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log, errors = Path(folder) / "out", Path(folder) / "err"
+        statuses = _shared_launcher().train(options, processes, log, errors=errors)
+        failed = next((status for status in statuses if status), 0)
+        return subprocess.CompletedProcess(options, failed, log.read_text(), errors.read_text())
 
 
 def _free_port() -> int:
@@ -83,9 +118,9 @@ def _become_trainer(job: dict[str, object], rank: int, port: int) -> None:
 
     status = 70
     try:
-        log = os.open(str(job["log"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for name, descriptor in (("log", 1), ("errors", 2)):
+            file = os.open(str(job[name]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, descriptor)
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),

@@ -18,11 +18,11 @@ from tests.helpers import (
     child_environment,
     curve,
     metrics,
-    run_training,
     toy_options,
     write_byte_tokenizer,
 )
 from tests.isolation import needs_sandbox
+from tests.layouts import run_training
 
 LAUNCH = REPOSITORY / "launch"
 STEPS = 40
