@@ -34,7 +34,12 @@ RESTARTS="${RESTARTS:-3}"
 attempt=0
 
 say() { echo "train_node: $*" >&2; }
+restarts() { "$PYTHON" -m megaphi.resilience.restarts "$@"; }
 
+[[ "$RESTARTS" =~ ^[0-9]+$ ]] || { say "RESTARTS=$RESTARTS is not a number"; exit 2; }
+[[ "${GPUS:-1}" =~ ^[1-9][0-9]*$ ]] || { say "GPUS=$GPUS is not a number of processes"; exit 2; }
+# where the run stands: what it gets beyond that is progress. A wrong recipe ends here, said once
+reached="$(restarts begin "$@")"
 if [ -z "${GPUS:-}" ]; then
     GPUS="$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')"
 fi
@@ -153,10 +158,6 @@ status=0
 if [ "${PREFLIGHT:-1}" != 0 ]; then
     run_ranks 1 "$PYTHON" -m tools.cli preflight "$@" || status=$?
 fi
-restarts() { "$PYTHON" -m megaphi.resilience.restarts "$@"; }
-
-# where the run stands: what it gets beyond that is progress. A wrong recipe is the trainer's to say
-reached="$(restarts begin "$@" 2>/dev/null)" || reached=0
 follower=""
 if [ -n "${EVALUATE:-}" ] && [ "$status" -eq 0 ] && [ "${NODE:-0}" -eq 0 ]; then
     run_dir="$("$PYTHON" -c 'import sys

@@ -263,6 +263,7 @@ class Trainer:
         self.mesh.on_main(self.rewinds.drop_void_checkpoints)
         self.reporter = Reporter(self.recipe, self.mesh, self.engine.dtype)
         self.restore(found)
+        self.resumed_from = None  # the run was not started again
 
     def resume_or_start(self) -> None:
         """Load the newest verified checkpoint, or fill in the weights of a new run."""

@@ -180,15 +180,14 @@ def _tokens(samples: int | None, recipe: dict[str, Any]) -> int | None:
 def describe_run(directory: Path, *, deep: bool) -> dict[str, Any]:
     """Describe a run: where it stands, and each of its checkpoints.
 
-    A damaged checkpoint does not hide the others: its entry has a `problem`. Restarts are counted
-    from TensorBoard's files, of which every start makes one; without them they are not known.
+    A damaged checkpoint does not hide the others: its entry has a `problem`. Restarts are those
+    that the metrics tell of; one from before a checkpoint that was gone back to is not among them.
 
     Raises:
         RunError: the recipe of the run is not readable.
     """
     recipe = _recipe(directory / "config.yaml")
     metrics = _read_metrics(directory / METRICS_NAME)
-    starts = len(list((directory / "tensorboard").glob("events.out.tfevents.*")))
     latest = directory / "latest"
     return {
         "last_step": metrics["last_step"],
@@ -199,8 +198,8 @@ def describe_run(directory: Path, *, deep: bool) -> dict[str, Any]:
         "nonfinite_steps": metrics["nonfinite_steps"],
         "tokens_seen": _tokens(metrics["consumed_samples"], recipe),
         "median_tokens_per_second_per_gpu": metrics["median_tokens_per_second_per_gpu"],
-        "restarts": starts - 1 if starts else None,
-        "latest": latest.read_text("utf-8").strip() if latest.is_file() else None,
+        "restarts": metrics["restarts"],
+        "latest": latest.read_text("utf-8", "replace").strip() if latest.is_file() else None,
         "set_aside": sorted(path.name for path in directory.glob("step-*.corrupt-*")),
         "recipe": recipe or None,
         "checkpoints": [_short(path, deep=deep) for path in find_checkpoints(directory)],
@@ -223,9 +222,10 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     last: dict[str, Any] = {}
     validation: dict[str, Any] = {}
     rates: list[float] = []
-    nonfinite = 0
+    nonfinite = restarts = 0
     for _, row in metric_rows(path):
         if "event" in row:
+            restarts += row["event"] == "resume"
             continue
         if "validation_loss" in row:
             validation = row
@@ -240,6 +240,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         "validation_loss": validation.get("validation_loss"),
         "validation_step": validation.get("step"),
         "nonfinite_steps": nonfinite,
+        "restarts": restarts,
         "median_tokens_per_second_per_gpu": statistics.median(rates) if rates else None,
     }
 

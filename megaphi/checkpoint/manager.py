@@ -24,11 +24,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megaphi.checkpoint.manifest import (
+    DELETED_PATTERN,
     CheckpointError,
     FileDigest,
     check_name,
     check_strangers,
     checkpoint_name,
+    delete_remains,
     find_checkpoints,
     publish,
     read_manifest,
@@ -66,17 +68,38 @@ class CheckpointManager:
         self.mesh.on_main(self._claim)
 
     def _claim(self) -> None:
-        """Create the run directory and make sure that no other run is using it."""
-        make_directory(self.run_dir)
+        """Create the run directory and make sure that no other run is using it.
+
+        Raises:
+            ValueError: another run is, or something that is no directory has its name.
+        """
+        try:
+            make_directory(self.run_dir)
+        except FileExistsError:
+            raise ValueError(
+                f"{self.run_dir}: a file, or a link that leads nowhere; choose another "
+                "train.run_dir"
+            ) from None
         self._lock = (self.run_dir / ".lock").open("w", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{self.run_dir}: another process is training into it") from None
+            # a wrong call, and not a failed run: that, a launcher would start again
+            raise ValueError(
+                f"{self.run_dir}: another process is training into it; end that one, or choose "
+                "another train.run_dir"
+            ) from None
+        except OSError as error:  # Lustre without `-o flock`, some NFS mounts
+            print(
+                f"megaphi: {self.run_dir}: its file system has no locks ({error}); see to it that "
+                "no other run uses this directory",
+                file=sys.stderr,
+                flush=True,
+            )
         # what a killed save or a killed deletion left behind; neither was ever a checkpoint
-        for pattern in (".step-*.tmp", "step-*.deleted"):
+        for pattern in (".step-*.tmp", DELETED_PATTERN):
             for path in self.run_dir.glob(pattern):
-                shutil.rmtree(path)
+                delete_remains(path)
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Allocate what saving in the background needs, where the recipe asks for that.
@@ -211,6 +234,8 @@ class CheckpointManager:
         """
         with _named(f"{newest} is complete, but {self.run_dir / 'latest'} could not be written"):
             write_durably(self.run_dir / "latest", newest.name + "\n")
+        for path in self.run_dir.glob(DELETED_PATTERN):
+            delete_remains(path)
         permanent = self.recipe.checkpoint.permanent_interval
         others = [path for path in find_checkpoints(self.run_dir) if path != newest]
         for path in others[self.recipe.checkpoint.keep - 1 :]:

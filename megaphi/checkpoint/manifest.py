@@ -17,9 +17,12 @@ written into an existing one. Nothing that is read back is unpickled.
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,9 @@ from megaphi.errors import RunError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+DELETED_PATTERN = "step-*.deleted"
+"""What `remove` has renamed and a kill, or an error, has kept from being deleted."""
+_HASHED_AT_ONCE = 4
 _STEP_PATTERN = re.compile(r"step-(\d{8,})")
 
 
@@ -46,13 +52,9 @@ class FileDigest:
 
 def digest_file(path: Path) -> FileDigest:
     """Read a file and return its size and SHA-256."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return FileDigest(size, digest.hexdigest())
+    with path.open("rb", buffering=0) as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileDigest(file.tell(), digest.hexdigest())
 
 
 def _canonical_digest(manifest: Mapping[str, Any]) -> str:
@@ -109,19 +111,28 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def verify_files(directory: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
     """Compare size and SHA-256 of the named files with the manifest.
 
+    A few files are hashed at once: one core hashes slower than a good disk reads.
+
     Raises:
-        CheckpointError: names the first file that is missing or differs.
+        CheckpointError: names the first file that is missing or of another size, else the first
+            that differs.
     """
-    for name in names:
-        path = directory / name
-        expected = manifest["files"][name]
+    expected = {directory / name: manifest["files"][name] for name in names}
+    for path, entry in expected.items():
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
         size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{path}: {size} bytes, the manifest says {expected['bytes']}")
-        if digest_file(path).sha256 != expected["sha256"]:
-            raise CheckpointError(f"{path}: its SHA-256 differs from the manifest's")
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
+    pool = ThreadPoolExecutor(min(_HASHED_AT_ONCE, os.cpu_count() or 1))
+    try:
+        for (path, entry), digest in zip(
+            expected.items(), pool.map(digest_file, expected), strict=True
+        ):
+            if digest.sha256 != entry["sha256"]:
+                raise CheckpointError(f"{path}: its SHA-256 differs from the manifest's")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def verify_checkpoint(directory: Path) -> dict[str, Any]:
@@ -191,12 +202,33 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint so that a kill in the middle leaves no half that looks whole."""
+    """Delete a checkpoint so that a kill in the middle leaves no half that looks whole.
+
+    Raises:
+        OSError: it is still there, whole.
+    """
     doomed = directory.with_name(f"{directory.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
     sync(doomed.parent)
-    shutil.rmtree(doomed)
+    delete_remains(doomed)
+
+
+def delete_remains(path: Path) -> None:
+    """Delete what is no checkpoint any more, or never was; say so where that fails.
+
+    That is no reason to end a run: over NFS a file that somebody reads, as an evaluation does,
+    keeps its directory from being deleted until it is closed.
+    """
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        print(
+            f"megaphi: {path} is not needed, but could not be deleted ({error}); the next save "
+            "tries again",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _files(directory: Path) -> list[Path]:

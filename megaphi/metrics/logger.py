@@ -9,13 +9,13 @@ or "rewind".
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megaphi.config import Recipe
+from megaphi.durable import write_durably
 from megaphi.errors import RunError
 
 METRICS_NAME = "metrics.jsonl"
@@ -24,7 +24,7 @@ METRICS_NAME = "metrics.jsonl"
 def metric_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The whole lines of a metrics file, as they are and as objects; none if there is no file.
 
-    A line that a killed run left torn is passed over.
+    A line that a killed run left torn, or that is no row of ours, is passed over.
     """
     if not path.is_file():
         return
@@ -34,7 +34,8 @@ def metric_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            yield line.rstrip(b"\n"), row
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield line.rstrip(b"\n"), row
 
 
 def has_evaluation(run_dir: Path, step: int) -> bool:
@@ -52,10 +53,8 @@ def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run will write again, and a torn last line."""
     if not path.is_file():
         return
-    kept = [line + b"\n" for line, row in metric_rows(path) if row["step"] <= step]
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(b"".join(kept))
-    temporary.rename(path)
+    kept = [line.decode() + "\n" for line, row in metric_rows(path) if row["step"] <= step]
+    write_durably(path, "".join(kept))
 
 
 def _json_number(value: float | None) -> float | None:

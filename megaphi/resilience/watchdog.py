@@ -46,6 +46,7 @@ SLOW_START = 3
 """Loading reads the whole state and the first step compiles: they may take so many times longer."""
 
 _RECORD_BYTES = 160
+_LAST_RESORT_SECONDS = 30.0  # beyond what the watchdog needs, until Python is no longer trusted
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ class Watchdog:
             if self._place is not seen:
                 seen, still = self._place, 0.0
             limit = self._limit()
-            faulthandler.dump_traceback_later(limit + self._patience() + 30, exit=True, file=2)
+            last_resort = limit + self._patience() + _LAST_RESORT_SECONDS
+            faulthandler.dump_traceback_later(last_resort, exit=True, file=2)
             if still >= limit:
                 self._leave(still)
         faulthandler.cancel_dump_traceback_later()

@@ -10,16 +10,16 @@ from tests.layouts import Launcher
 
 
 @pytest.fixture(scope="session")
-def warm_launcher() -> Iterator[Launcher]:
+def launcher() -> Iterator[Launcher]:
     """Starts processes by forking one that has imported everything."""
     with Launcher() as launcher:
         yield launcher
 
 
 @pytest.fixture(scope="session")
-def saves(warm_launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Saves:
+def saves(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Saves:
     """Disturbs saves of a small state."""
-    return Saves(warm_launcher, tmp_path_factory.mktemp("saves"))
+    return Saves(launcher, tmp_path_factory.mktemp("saves"))
 
 
 @pytest.fixture

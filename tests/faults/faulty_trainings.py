@@ -3,25 +3,36 @@
 What happens is read from `<run_dir>.plan.json`; a fault hits one rank, at one step.
 """
 
+import ctypes
+import errno
 import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megaphi import train
 from megaphi.checkpoint import shards
 from megaphi.checkpoint.manager import CheckpointManager
+from megaphi.config import Parallel
 from megaphi.data.loader import Loader, MicroBatch
 from megaphi.engine import Engine
+from megaphi.errors import RunError
 from megaphi.optim.adamw import AdamW
+from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
+from megaphi.resilience import watchdog
+from megaphi.resilience.replicas import check_replicas
 from megaphi.resilience.spikes import Rewinds
+from megaphi.resilience.watchdog import Heartbeat
 from megaphi.trainer import Trainer
 
 
@@ -81,17 +92,32 @@ def _at(point: str, step: int, action: Callable[[], None]) -> None:
 
 
 def stopped(argv: list[str]) -> int:
-    """A process is stopped as by SIGSTOP; something else ends it later, as torchrun would."""
+    """A process is stopped as by SIGSTOP; once the others have left, something else ends it."""
     plan = _plan(argv)
+    heartbeats = Path(load_recipe(argv).train.run_dir) / "heartbeats"
 
     def stop() -> None:
-        killer = f"sleep {plan['killed_after']}; kill -KILL {os.getpid()}"
-        subprocess.Popen(["sh", "-c", killer], stdout=subprocess.DEVNULL)
+        beats = [Heartbeat.decode(path.read_bytes()) for path in heartbeats.iterdir()]
+        others = " ".join(str(beat.process) for beat in beats if beat.rank != plan["rank"])
+        waiting = f"while kill -0 {others} 2>/dev/null; do sleep 0.05; done"
+        killer = f"{waiting}; kill -KILL {os.getpid()}"
+        subprocess.Popen(["timeout", "60", "sh", "-c", killer], stdout=subprocess.DEVNULL)
         os.kill(os.getpid(), signal.SIGSTOP)
 
     if _rank() == plan["rank"]:
         _at(plan["point"], plan["step"], stop)
     return train.run(argv)
+
+
+def interpreter_stuck(argv: list[str]) -> int:
+    """No thread of Python gets to run any more, as when a library keeps the interpreter's lock."""
+    watchdog._LAST_RESORT_SECONDS = 0.5
+    dog = watchdog.Watchdog(Path(argv[0]), 0, 1, 0.2)
+    for step in (1, 2):
+        dog.enter("forward_backward", step)
+        time.sleep(0.1)
+    ctypes.PyDLL(None).sleep(20)
+    return 0
 
 
 def signalled(argv: list[str]) -> int:
@@ -182,16 +208,25 @@ def spiking(argv: list[str]) -> int:
 
 
 def flipped(argv: list[str]) -> int:
-    """One bit of one tensor flips on one process, before a step or when the state is loaded."""
+    """One bit of one tensor flips on one process.
+
+    The plan's `step` says when: before that step, `load` as the state is loaded, or `check` just
+    before the comparison of step 8, so that nothing else differs.
+    """
     plan = _plan(argv)
 
     def flip(trainer: Trainer) -> None:
-        tensor = trainer.state_tensors()[plan["tensor"]]
-        part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        tensors = {**trainer.state_tensors(), "optimizer.updates": trainer.optimizer.updates}
+        tensor = tensors[plan["tensor"]]
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         part.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << plan["bit"])
 
     def before_step(trainer: Trainer, *_: Any) -> None:
         if trainer.step_number + 1 == plan["step"]:
+            flip(trainer)
+
+    def before_check(trainer: Trainer) -> None:
+        if trainer.step_number == 8:
             flip(trainer)
 
     load = CheckpointManager.load
@@ -205,6 +240,63 @@ def flipped(argv: list[str]) -> int:
     if _rank() == plan["rank"]:
         if plan["step"] == "load":
             CheckpointManager.load = after_load
+        elif plan["step"] == "check":
+            _before(Trainer, "check_replicas", before_check)
         else:
             _before(Trainer, "train_step", before_step)
+    return train.run(argv)
+
+
+def copies_of_four(_: list[str]) -> int:
+    """Four processes, two by two, compare copies; each says what it is told of each case."""
+    both = [Replicate(), Replicate()]
+    # which ranks hold another value of what: [placements, ranks]; None is a plain tensor
+    cases: dict[str, tuple[list[Any] | None, set[int]]] = {
+        "sound": (both, set()),
+        "seen by two": ([Shard(0), Replicate()], {3}),
+        "a column": (both, {1, 3}),
+        "a row": (both, {2, 3}),
+        "plain": (None, {2}),
+    }
+    with processes(Parallel(tensor=2)) as mesh:
+        grid = init_device_mesh("cpu", (2, 2))
+        for case, (placements, odd) in cases.items():
+            value = torch.ones(4) + float(mesh.rank in odd)
+            checked = value if placements is None else DTensor.from_local(value, grid, placements)
+            sound = DTensor.from_local(torch.ones(4), grid, both)
+            try:
+                check_replicas({case: checked, "another": sound}, mesh, 1)
+                said = "equal"
+            except RunError as error:
+                said = str(error)
+            # one write, so that lines of several processes do not mix
+            os.write(1, f"rank {mesh.rank}, {case}: {said}\n".encode())
+    return 0
+
+
+def failed_save(argv: list[str]) -> int:
+    """Rank 1 cannot write a checkpoint in the background; step 12 waits until that is known."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write = shards._HashingStream.write
+
+    def refused(self: shards._HashingStream, block: bytes) -> int:
+        if ".step-00000010" in str(self._file.name) and _rank() == 1:
+            raise full
+        return write(self, block)
+
+    def wait(trainer: Trainer, *_: Any) -> None:
+        while trainer.step_number == 11 and trainer.checkpoints._background.busy:
+            time.sleep(0.001)
+
+    shards._HashingStream.write = refused
+    _before(Trainer, "train_step", wait)
+    return train.run(argv)
+
+
+def unread(argv: list[str]) -> int:
+    """Nobody reads what is printed."""
+    reading, writing = os.pipe()
+    for stream in (1, 2):
+        os.dup2(writing, stream)
+    os.close(reading)
     return train.run(argv)

@@ -1,6 +1,5 @@
 """What hits a run of two processes while one of its checkpoints is written beside the training."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,15 @@ from tests.layouts import Launcher
 STEPS = 24
 
 
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    """Starts the trainings of this file."""
-    with Launcher() as launcher:
-        yield launcher
-
-
 def train(
     launcher: Launcher, tokens: Path, run_dir: Path, entry: str, asynchronous: str = "true"
 ) -> tuple[list[int], str]:
     """Train on two processes; exit statuses and output."""
+    # no evaluation of step 10: a request to stop would end the run there
     options = toy_options(
-        tokens, run_dir, train__steps=STEPS, checkpoint__asynchronous=asynchronous
-    )
+        tokens, run_dir, train__steps=STEPS, train__evaluation_interval=7,
+        checkpoint__asynchronous=asynchronous,
+    )  # fmt: skip
     log = run_dir.parent / f"{run_dir.name}-{entry}.log"
     statuses = launcher.train(options, 2, log, entry)
     return statuses, log.read_text()
@@ -103,6 +97,18 @@ def test_one_process_cannot_write(
     assert [path.name for path in find_checkpoints(run_dir)] == ["step-00000005"]
     assert (run_dir / "latest").read_text() == "step-00000005\n"
     assert_resumes(launcher, toy_tokens, run_dir, straight)
+
+
+def test_a_failed_save_does_not_wait_for_the_next(
+    launcher: Launcher, toy_tokens: Path, tmp_path: Path
+) -> None:
+    """What is trained after a failed save is lost, so the run ends as soon as it has failed."""
+    run_dir = tmp_path / "run"
+    entry = "tests.faults.faulty_trainings:failed_save"
+    statuses, printed = train(launcher, toy_tokens, run_dir, entry)
+    assert statuses == [1, 1], printed
+    assert "by process 1: [Errno 28] No space left on device" in printed
+    assert metrics(run_dir)[-1]["step"] < 15
 
 
 def test_a_thread_that_breaks_alone_does_not_hang_the_others(

@@ -1,5 +1,7 @@
 """What a user gets wrong, or a disk breaks, ends in one clear line, and nothing is lost."""
 
+import errno
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -13,11 +15,13 @@ from megaphi.config import Recipe
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
 from megaphi.errors import RunError, run_main
+from megaphi.metrics.logger import keep_metrics_until, last_step, metric_rows
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
 from megaphi.train import run
 from megaphi.trainer import Trainer
-from tests.helpers import curve, metrics, run_training, toy_options, write_toy_tokens
+from tests.helpers import curve, metrics, toy_options, write_toy_tokens
+from tests.layouts import Launcher
 
 Train = Callable[[list[str]], Recipe]
 
@@ -92,35 +96,45 @@ def test_empty_and_short_corpora(tmp_path: Path, capsys: pytest.CaptureFixture[s
     fails(options, 2, ["short", "3"], capsys)
 
 
-def test_batch_that_does_not_divide_over_processes(toy_tokens: Path, tmp_path: Path) -> None:
+def test_batch_that_does_not_divide_over_processes(
+    launcher: Launcher, toy_tokens: Path, tmp_path: Path
+) -> None:
     options = toy_options(toy_tokens, tmp_path / "run", train__micro_batch_size=8)
-    done = run_training(options, processes=2)
-    assert done.returncode != 0
-    assert "train.global_batch_size=8 is not a multiple of" in done.stderr
+    assert launcher.train(options, 2, tmp_path / "log") == [2, 2]
+    said = (tmp_path / "log").read_text()
+    assert said.count("train.global_batch_size=8 is not a multiple of") == 2
+
+
+@pytest.fixture(scope="module")
+def trained(toy_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a run with checkpoints at 15 and 20."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    recipe = load_recipe(toy_options(toy_tokens, run_dir))
+    with processes() as mesh:
+        Trainer(recipe, mesh).run()
+    assert [p.name for p in find_checkpoints(run_dir)] == ["step-00000020", "step-00000015"]
+    return run_dir
 
 
 @pytest.fixture
-def finished(toy_tokens: Path, tmp_path: Path, train_here: Train) -> tuple[list[str], Path]:
-    """Options and directory of a run with checkpoints at 15 and 20."""
-    options = toy_options(toy_tokens, tmp_path / "run")
-    train_here(options)
-    assert [p.name for p in find_checkpoints(tmp_path / "run")] == [
-        "step-00000020",
-        "step-00000015",
-    ]
-    return options, tmp_path / "run"
+def finished(trained: Path, toy_tokens: Path, tmp_path: Path) -> tuple[list[str], Path]:
+    """Options and directory of a copy of it."""
+    shutil.copytree(trained, tmp_path / "run")
+    return toy_options(toy_tokens, tmp_path / "run"), tmp_path / "run"
 
 
-def test_any_flipped_bit_is_found_and_the_checkpoint_before_is_used(
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(
     finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In one file of each kind; test_bit_flips has the others."""
     options, run_dir = finished
     pristine, expected = tmp_path / "pristine", curve(run_dir)
     shutil.copytree(run_dir, pristine)
     seed = random.SystemRandom().randrange(1000)
     print(f"seed {seed}")
     generator = random.Random(seed)
-    for name in sorted(p.name for p in (pristine / "step-00000020").iterdir()):
+    (tensors,) = (pristine / "step-00000020").glob("*.safetensors")
+    for name in (tensors.name, "trainer.json", "manifest.json"):
         shutil.rmtree(run_dir)
         shutil.copytree(pristine, run_dir)
         path = run_dir / "step-00000020" / name
@@ -178,13 +192,67 @@ def test_resume_refuses_what_would_change_the_run(
     assert steps == list(range(1, 41))
 
 
-def test_two_runs_cannot_share_a_directory(toy_tokens: Path, tmp_path: Path) -> None:
+def test_two_runs_cannot_share_a_directory(
+    toy_tokens: Path, tmp_path: Path, launcher: Launcher
+) -> None:
+    """Also by another name of it; as a wrong call, which no launcher starts again."""
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "run").mkdir()
     recipe = load_recipe(toy_options(toy_tokens, tmp_path / "run"))
     with processes() as mesh:
         first = Trainer(recipe, mesh)
-        with pytest.raises(RunError, match="another process is training"):
-            Trainer(recipe, mesh)
-        assert first.step_number == 0
+        there = sorted(path.name for path in (tmp_path / "run").iterdir())
+        for name in ("run", "link"):
+            options = toy_options(toy_tokens, tmp_path / name)
+            log = tmp_path / f"{name}.log"
+            assert launcher.train(options, 1, log) == [2], log.read_text()
+            assert f"{tmp_path / name}: another process is training into it" in log.read_text()
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == there
+        first.checkpoints.close()
+        first.watchdog.close()
+    assert launcher.train(options, 1, log) == [0], log.read_text()
+    assert find_checkpoints(tmp_path / "run")[0].name == "step-00000020"
+
+
+def test_lines_of_the_metrics_that_are_no_rows(tmp_path: Path) -> None:
+    """A line torn by a kill, a block that a disk lost, and what somebody wrote by hand."""
+    path = tmp_path / "metrics.jsonl"
+    row = b'{"step": 1, "loss": 2.0}'
+    strange = [b"5", b"[1]", b'{"loss": 1.0}', b'{"step": null}', b"\xff\xfe", bytes(900), b""]
+    path.write_bytes(b"\n".join([*strange, row, b'{"step": 2, "lo']))
+    assert list(metric_rows(path)) == [(row, {"step": 1, "loss": 2.0})]
+    assert last_step(tmp_path) == 1
+    keep_metrics_until(path, 1)
+    assert path.read_bytes() == row + b"\n"
+
+
+@pytest.mark.parametrize("what", ["file", "dangling link"])
+def test_a_run_directory_that_is_none(
+    what: str, toy_tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    if what == "file":
+        run_dir.write_text("of somebody")
+    else:
+        run_dir.symlink_to(tmp_path / "gone")
+    fails(toy_options(toy_tokens, run_dir), 2, [str(run_dir), "train.run_dir"], capsys)
+    assert not (tmp_path / "gone").exists()
+    assert what != "file" or run_dir.read_text() == "of somebody"
+
+
+def test_a_file_system_without_locks_is_said(
+    toy_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_here: Train,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As Lustre is by default."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("megaphi.checkpoint.manager.fcntl.flock", refuse)
+    train_here(toy_options(toy_tokens, tmp_path / "run", train__steps=1))
+    assert "has no locks ([Errno 38] Function not implemented)" in capsys.readouterr().err
+    assert find_checkpoints(tmp_path / "run")[0].name == "step-00000001"
 
 
 def test_non_finite_steps_change_nothing_and_stop_the_run(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megaphi.checkpoint import manager as manager_module
 from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, read_manifest
-from tests.faults.save_trials import BEFORE, OLD, Saves, bit_flips
-from tests.faults.small_saves import manager_of
+from tests.faults.save_trials import BEFORE, NEW, OLD, Saves, bit_flips
+from tests.faults.small_saves import manager_of, state, trainer_state
 from tests.faults.training_trials import damage
 
 
@@ -74,6 +75,39 @@ def test_a_whole_checkpoint_of_another_step_under_this_name(run_dir: Path) -> No
     shutil.copytree(older, newest)
     with manager_of(run_dir, asynchronous=False) as manager:
         assert manager.find() == older
+
+
+def test_a_disk_that_changes_what_was_written_is_found_by_the_save(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new checkpoint is read again before `latest` names it and an older one is dropped."""
+    publish = manager_module.publish
+
+    def publish_and_damage(temporary: Path, final: Path) -> None:
+        publish(temporary, final)
+        damage(final, final, "bit flip", random.Random(1))
+
+    before = find_checkpoints(run_dir)
+    latest = (run_dir / "latest").read_text()
+    monkeypatch.setattr(manager_module, "publish", publish_and_damage)
+    with manager_of(run_dir, asynchronous=False) as manager:
+        with pytest.raises(CheckpointError, match="just written does not verify"):
+            manager.save(NEW, state(NEW, manager.mesh), trainer_state(NEW))
+        assert find_checkpoints(run_dir)[1:] == before
+        assert (run_dir / "latest").read_text() == latest
+        assert manager.find() == before[0]
+
+
+def test_a_file_that_does_not_belong_to_a_checkpoint(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another shard would be read with the others: which are there decides what is loaded."""
+    newest, older = find_checkpoints(run_dir)
+    stranger = newest / "shard-00009-model-00001-of-00002.safetensors"
+    shutil.copy(next(older.glob("*.safetensors")), stranger)
+    with manager_of(run_dir, asynchronous=False) as manager:
+        assert manager.find() == older
+    assert f"damaged checkpoint: {stranger}: not listed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["link", "directory", "absent", "negative", "newer", "binary"])

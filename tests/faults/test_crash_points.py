@@ -1,6 +1,9 @@
 """A process that dies at any file-system call of a save leaves a whole checkpoint, old or new."""
 
+import errno
+import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,31 @@ def test_a_checkpoint_that_is_a_link_is_neither_used_nor_deleted(tmp_path: Path)
     assert [p.name for p in find_checkpoints(run_dir)] == ["step-00000031", "step-00000030"]
     assert (run_dir / "step-00000005").is_symlink()
     verify_checkpoint(kept)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_yet_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over NFS, a file that an evaluation reads keeps its directory; it goes with a later save."""
+    run_dir, delete = tmp_path / "run", shutil.rmtree
+    open_file = f"step-{OLD:08d}.deleted"
+
+    def busy(path: Path, **options: bool) -> None:
+        if path.name == open_file and not options:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        delete(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with manager_of(run_dir, asynchronous=False) as manager:
+        for step in (OLD, OLD + 1, OLD + 2, OLD + 3):
+            manager.save(step, state(step, manager.mesh), trainer_state(step))
+    said = capsys.readouterr().err
+    assert f"{run_dir / open_file} is not needed, but could not be deleted" in said
+    with manager_of(run_dir, asynchronous=False) as manager:  # nor does it keep one from starting
+        assert manager.find() == run_dir / f"step-{OLD + 3:08d}"
+        monkeypatch.undo()
+        manager.save(OLD + 4, state(OLD + 4, manager.mesh), trainer_state(OLD + 4))
+    assert not (run_dir / open_file).exists()
 
 
 def test_what_the_run_resumed_from_is_never_deleted(tmp_path: Path) -> None:

@@ -32,10 +32,12 @@ Train = Callable[[list[str]], Recipe]
 PINNED = {"train__steps": 6, "data__planned_samples": 400, "schedule__decay_steps": 20}
 
 
-def write_tokens(prefix: Path, tokenizer: str = "ab", described: bool = True) -> None:
-    """Write a token file of 512 ids, always with the same tokens."""
+def write_tokens(
+    prefix: Path, tokenizer: str = "ab", described: bool = True, first: int = 0
+) -> None:
+    """Write a token file of 512 ids; `first` decides which."""
     with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
-        for start in range(200):
+        for start in range(first, first + 200):
             writer.add_document([*((np.arange(40) * 3 + start) % 500).tolist(), 511])
     if described:
         facts = written_facts(writer)
@@ -171,9 +173,20 @@ def test_another_run_is_refused(
 
 
 def test_another_blend_is_refused(folder: Path, train_here: Train) -> None:
+    """The same files in other shares."""
     tokens = folder / "tokens"
-    with pytest.raises(ValueError, match=r"weights of data\.train|content of the token files"):
-        resume(folder, train_here, data__train=f"[0.5, {tokens}, 0.5, {tokens}]")
+    options = {"train__steps": 5, "train__run_dir": folder / "blend"}
+    resume(folder, train_here, **options, data__train=f"[0.5, {tokens}, 0.5, {tokens}]")
+    options["train__steps"] = 6
+    with pytest.raises(ValueError, match=r"weights of data\.train was \[0\.5, 0\.5\]"):
+        resume(folder, train_here, **options, data__train=f"[0.4, {tokens}, 0.6, {tokens}]")
+
+
+def test_another_corpus_is_refused(folder: Path, train_here: Train) -> None:
+    """Of as many documents and tokens, with its own description."""
+    write_tokens(folder / "tokens", first=1)
+    with pytest.raises(ValueError, match="content of the token files"):
+        resume(folder, train_here)
 
 
 def test_another_tokenizer_is_refused(folder: Path, train_here: Train) -> None:

@@ -1,6 +1,6 @@
 """A model directory from a stranger: refused with one line, and nothing happens.
 
-All cases run in one child process per command, under an audit hook that notes every pickle, every
+All cases run in one child process, under an audit hook that notes every pickle, every
 program and socket, every file opened for writing outside of the output and every look at a secret
 that lies beside the model. Its address space is limited, so that memory stays bounded.
 """
@@ -14,7 +14,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -261,7 +261,7 @@ import tools.evaluation.completions, tools.generate
 from megaphi.checkpoint.weights import resolve_model
 from megaphi.errors import run_main
 
-command, root = sys.argv[1], Path(sys.argv[2])
+root = Path(sys.argv[1])
 case, events = None, []
 FORBIDDEN = ("pickle.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "socket.",
              "subprocess.", "ctypes.dlopen")
@@ -284,7 +284,7 @@ def evaluate(words):
         resolve_model(words[0]), torch.device("cpu"), torch.float32, None)
     return 0
 
-def run(model, out):
+def run(command, model, out):
     if command == "evaluate":
         return run_main(evaluate, [model])
     words = {
@@ -300,12 +300,13 @@ limit = pages * os.sysconf("SC_PAGE_SIZE") + (1 << 30)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.addaudithook(hook)
 for line in sys.stdin:
-    directory = root / line.strip()
+    command, _, folder = line.strip().partition(" ")
+    directory = root / folder
     events.clear()
     case = directory.parent
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        status = run(str(directory), str(case / "out"))
+        status = run(command, str(directory), str(case / "out"))
     case = None
     print(json.dumps([status, errors.getvalue(), events]), flush=True)
 """
@@ -335,41 +336,46 @@ def listing(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
-def answers_of(command: str, root: Path, cases: list[str]) -> list[tuple[int, str, list]]:
-    """What a command says to each case, run one after the other in one child."""
-    folders = [f"{name.replace(' ', '-').replace('/', '-')}/model" for name in cases]
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, command, str(root)],
-        input="\n".join(folders) + "\n",
+@pytest.fixture(scope="module")
+def child(root: Path) -> Iterator[subprocess.Popen[str]]:
+    """The process that is asked; it has imported everything before its memory is limited."""
+    pytest.importorskip("gguf", reason='needs pip install "megaphi[gguf]"')
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(root)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=300,
     )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == len(cases), done.stderr[-2000:]
-    return [tuple(answer) for answer in answers]
+    assert process.stdin is not None
+    yield process
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
+def answer_of(child: subprocess.Popen[str], command: str, case: str) -> tuple[int, str, list]:
+    """What a command says to a case: its status, its words, and what it did."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    folder = f"{case.replace(' ', '-').replace('/', '-')}/model"
+    print(command, folder, file=child.stdin, flush=True)
+    answer = child.stdout.readline()
+    assert answer, f"{command}, {case}: the process ended"
+    status, error, events = json.loads(answer)
+    return status, error, events
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_hostile_directories_are_refused(command: str, root: Path) -> None:
-    pytest.importorskip("gguf", reason='needs pip install "megaphi[gguf]"')
+def test_hostile_directories_are_refused(
+    command: str, root: Path, child: subprocess.Popen[str]
+) -> None:
     expected = {name: reason for name, (_, reason) in CASES.items()}
     if command != "from-hf":
         expected |= {name: reason for name, (_, reason) in TOKENIZER_CASES.items()}
     before = listing(root)
-    names = list(expected)
     problems = []
-    answers = answers_of(command, root, [*names, "sound itself"])
-    # else the others could be refused for any reason
-    status, error, events = answers.pop()
-    assert (status, error, events) == (0, "", [])
-    out = root / "sound-itself" / "out"
-    if out.is_dir():
-        shutil.rmtree(out)
-    out.unlink(missing_ok=True)
-    for name, (status, error, events) in zip(names, answers_of(command, root, names), strict=True):
+    for name in expected:
+        status, error, events = answer_of(child, command, name)
         lines = error.splitlines()
         # the reason may be that of another guard that looks first
         fits = bool(lines) and re.search(expected[name], lines[-1])
@@ -378,6 +384,12 @@ def test_hostile_directories_are_refused(command: str, root: Path) -> None:
         assert "Traceback" not in error
     assert not problems, "\n".join(map(str, problems))
     assert listing(root) == before
+    # else the others could be refused for any reason
+    assert answer_of(child, command, "sound itself") == (0, "", [])
+    out = root / "sound-itself" / "out"
+    if out.is_dir():
+        shutil.rmtree(out)
+    out.unlink(missing_ok=True)
 
 
 def test_the_canary_sings_when_it_is_unpickled(root: Path) -> None:

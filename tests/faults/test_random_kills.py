@@ -12,10 +12,10 @@ from tests.layouts import Launcher
 
 @pytest.fixture(scope="module")
 def trainings(
-    warm_launcher: Launcher, toy_tokens: Path, tmp_path_factory: pytest.TempPathFactory
+    launcher: Launcher, toy_tokens: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Trainings:
     """Runs and disturbs one small training."""
-    return Trainings(warm_launcher, toy_tokens, tmp_path_factory.mktemp("trainings"))
+    return Trainings(launcher, toy_tokens, tmp_path_factory.mktemp("trainings"))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

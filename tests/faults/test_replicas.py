@@ -1,7 +1,6 @@
 """Copies of a value that drift apart are found, and their holders named."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,6 @@ import torch
 from megaphi.resilience.replicas import _describe, fingerprint
 from tests.helpers import metrics, toy_options
 from tests.layouts import Launcher
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    with Launcher() as launcher:
-        yield launcher
 
 
 def train(
@@ -53,6 +46,35 @@ def test_a_flipped_bit_is_found_and_named(
     for rank in (0, 1):
         (line,) = [li for li in printed.splitlines() if f"[rank {rank}]: error" in li]
         assert "step 8: ranks 0, 1 must hold the same" in line
+
+
+@pytest.mark.parametrize(
+    "tensor", ["optimizer.second_moment.blocks.1.norm.weight", "optimizer.updates"]
+)
+def test_all_that_the_optimizer_keeps_is_compared(
+    tensor: str, launcher: Launcher, toy_tokens: Path, tmp_path: Path
+) -> None:
+    """A bit that flips just before the comparison, so that no weight differs yet."""
+    plan = {"rank": 1, "step": "check", "tensor": tensor, "bit": 0}
+    statuses, printed = train(launcher, toy_tokens, tmp_path / "run", plan)
+    assert statuses == [1, 1], printed
+    assert f"step 8: ranks 0, 1 must hold the same {tensor}, but do not" in printed
+
+
+def test_every_group_is_compared_and_everybody_is_told(launcher: Launcher, tmp_path: Path) -> None:
+    """Four processes, two by two, some of which see no difference in their own groups."""
+    log, entry = tmp_path / "log", "tests.faults.faulty_trainings:copies_of_four"
+    assert launcher.train([], 4, log, entry) == [0] * 4, log.read_text()
+    said = log.read_text().splitlines()
+    for rank in range(4):
+        mine = dict(line.split(": ", 1) for line in said if line.startswith(f"rank {rank}, "))
+        words = {case.partition(", ")[2]: text for case, text in mine.items()}
+        assert words.pop("sound") == "equal"
+        assert "ranks 2, 3 must hold the same seen by two" in words.pop("seen by two")
+        assert "ranks 0, 1 must hold the same a column" in words.pop("a column")
+        assert "ranks 0, 2 must hold the same a row" in words.pop("a row")
+        assert "rank 2 holds another plain than the majority" in words.pop("plain")
+        assert words == {}
 
 
 def test_copies_that_differ_after_loading_stop_the_run(

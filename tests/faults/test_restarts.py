@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from megaphi.resilience.restarts import main, refusal
 from tests.faults.test_resume import final_tensors
-from tests.helpers import curve, run_training, toy_options
+from tests.helpers import curve, toy_options
 from tests.launch.test_launch_scripts import LAUNCH, start, trainers, wait_for_steps
+from tests.layouts import Launcher
 
 
 def options_of(tokens: Path, run_dir: Path) -> list[str]:
@@ -19,10 +21,12 @@ def options_of(tokens: Path, run_dir: Path) -> list[str]:
     return toy_options(tokens, run_dir, train__steps=60, checkpoint__interval=7)
 
 
-def test_a_killed_rank_is_followed_by_a_restart(toy_tokens: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_followed_by_a_restart(
+    launcher: Launcher, toy_tokens: Path, tmp_path: Path
+) -> None:
     """By itself, to the bits of a run that nobody disturbed; no process is left behind."""
     straight, run_dir = tmp_path / "straight", tmp_path / "run"
-    assert run_training(options_of(toy_tokens, straight), 2).returncode == 0
+    assert launcher.train(options_of(toy_tokens, straight), 2, tmp_path / "log") == [0, 0]
     command = [str(LAUNCH / "train_node.sh"), *options_of(toy_tokens, run_dir)]
     process = start(command, tmp_path, GPUS="2", RESTARTS="2")
     wait_for_steps(process, run_dir, 9)
@@ -46,15 +50,68 @@ def test_a_killed_rank_is_followed_by_a_restart(toy_tokens: Path, tmp_path: Path
     assert trainers(run_dir) == []
 
 
-def test_a_run_that_gets_nowhere_is_not_started_again(toy_tokens: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    (run_dir / "step-00000005.corrupt-1").mkdir(parents=True)
-    command = [str(LAUNCH / "train_node.sh"), *options_of(toy_tokens, run_dir)]
-    process = start(command, tmp_path, GPUS="1", RESTARTS="3")
+STAND_IN = """#!/usr/bin/env bash
+# a python: torchrun's part is to end with the next status and at the next step of PLAN
+if [ "$2" != torch.distributed.run ]; then exec {python} "$@"; fi
+read -r status step < <(sed -n "$(($(wc -l <{folder}/starts) + 1))p" {folder}/plan)
+echo "$@" >>{folder}/starts
+echo "{{\\"step\\": $step}}" >>{folder}/run/metrics.jsonl
+echo "0 $status" >>"$state/statuses"
+[ "$status" -eq 0 ]
+"""
+
+
+@pytest.mark.parametrize(
+    ("plan", "restarts", "status", "words"),
+    [
+        # hung, crashed, done
+        ([(4, 10), (1, 20), (0, 30)], 3, 0, "restart 2 of 3"),
+        # a second time no further than the first
+        ([(1, 10), (4, 10)], 3, 4, "it got to step 10, no further than before"),
+        ([(1, 10), (1, 20)], 1, 1, "the limit of 1 restarts"),
+        ([(75, 10)], 3, 75, "stopped on request"),
+        ([(2, 10)], 3, 2, ""),
+    ],
+)
+def test_which_ends_a_node_answers_with_a_restart(
+    plan: list[tuple[int, int]], restarts: int, status: int, words: str, tmp_path: Path
+) -> None:
+    """A crash or a hang, as long as it gets further; the trainer is a stand-in."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "starts").touch()
+    (tmp_path / "plan").write_text("".join(f"{end} {step}\n" for end, step in plan))
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(python=sys.executable, folder=tmp_path))
+    python.chmod(0o755)
+    command = [str(LAUNCH / "train_node.sh"), f"--train.run_dir={tmp_path / 'run'}"]
+    command += ["--train.steps=30", "--data.train=tokens"]
+    environment = {"PYTHON": str(python), "GPUS": "1", "RESTARTS": str(restarts)}
+    process = start(command, tmp_path, **environment)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert errors.count("none of its checkpoints verifies") == 1
-    assert "not started again after status 1: it got to step 0, no further than before" in errors
+    assert process.returncode == status, errors
+    assert words in errors
+    assert len((tmp_path / "starts").read_text().splitlines()) == len(plan)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (["nowhere.yaml"], {}, "nowhere.yaml: no such recipe file"),
+        (["--train.stepz=3"], {}, "nearest known key is train.steps"),
+        (["--train.run_dir=r"], {"RESTARTS": "often"}, "RESTARTS=often is not a number"),
+        (["--train.run_dir=r"], {"GPUS": "all"}, "GPUS=all is not a number of processes"),
+    ],
+)
+def test_a_wrong_call_ends_before_anything_is_started(
+    words: list[str], environment: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    """With status 2, and said once, not by every process."""
+    values = {"GPUS": "2", "PREFLIGHT": "1"} | environment
+    process = start([str(LAUNCH / "train_node.sh"), *words], tmp_path, **values)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.count(said) == 1, errors
+    assert "torch" not in output + errors
 
 
 @pytest.mark.parametrize(

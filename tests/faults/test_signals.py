@@ -1,35 +1,35 @@
 """Asked to stop at any moment, a run saves, exits with 75 and goes on as if nothing had been."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from megaphi import train
 from megaphi.checkpoint.manifest import find_checkpoints, verify_checkpoint
 from megaphi.config import Recipe
 from megaphi.errors import Preempted, RunError
 from megaphi.metrics.logger import RunLogger
 from megaphi.resilience.signals import StopRequest
 from tests.faults.test_resume import final_tensors
-from tests.helpers import child_environment, curve, metrics, toy_options, train_command
+from tests.helpers import curve, metrics, toy_options
 from tests.layouts import Launcher
 
 STEPS = 60
 POINTS = (
     "construct", "data", "forward", "backward", "optimizer", "report", "evaluate", "save",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    with Launcher() as launcher:
-        yield launcher
+SIGNALS = (
+    ["SIGTERM"], ["SIGUSR1"], ["SIGTERM"] * 2, ["SIGUSR1"] * 2, ["SIGTERM", "SIGUSR1"],
+    ["SIGUSR1", "SIGTERM"], ["SIGTERM"] * 3, ["SIGUSR1"] * 3,
+)  # fmt: skip
 
 
 def options_of(tokens: Path, run_dir: Path) -> list[str]:
@@ -41,7 +41,10 @@ def options_of(tokens: Path, run_dir: Path) -> list[str]:
 
 
 def test_signals_at_random_moments(launcher: Launcher, toy_tokens: Path, tmp_path: Path) -> None:
-    """One run, stopped again and again: by either signal, to one process or all, once or twice."""
+    """One run, stopped again and again: by either signal, to one process or all, once or more.
+
+    Which meets which is left to chance; each is met, and one process alone where all must agree.
+    """
     straight, run_dir = tmp_path / "straight", tmp_path / "run"
     log = tmp_path / "straight.log"
     assert launcher.train(options_of(toy_tokens, straight), 2, log) == [0, 0], log.read_text()
@@ -49,13 +52,17 @@ def test_signals_at_random_moments(launcher: Launcher, toy_tokens: Path, tmp_pat
     seed = random.SystemRandom().randrange(1000)
     print(f"seed {seed}")
     generator = random.Random(seed)
+    points, signals = (generator.sample(values, len(POINTS)) for values in (POINTS, SIGNALS))
+    others = itertools.cycle(generator.sample([[0], [1], [0, 1]], 3))
     step = 0
-    for number, point in enumerate(generator.sample(POINTS, len(POINTS))):
+    for number, (point, names) in enumerate(zip(points, signals, strict=True)):
+        alone = point in ("construct", "evaluate")
         plan = {
             "point": point,
-            "step": 0 if point == "construct" else step + generator.randint(1, 3),
-            "ranks": generator.choice([[0], [1], [0, 1]]),
-            "signals": generator.choices(["SIGTERM", "SIGUSR1"], k=generator.randint(1, 2)),
+            # three steps before an evaluation, which would also find a request
+            "step": 0 if point == "construct" else step + -step % 4 + 1,
+            "ranks": generator.choice([[0], [1]]) if alone else next(others),
+            "signals": names,
         }
         run_dir.with_suffix(".plan.json").write_text(json.dumps(plan))
         log = tmp_path / f"{number}.log"
@@ -70,6 +77,9 @@ def test_signals_at_random_moments(launcher: Launcher, toy_tokens: Path, tmp_pat
         verify_checkpoint(newest)
         step = int(newest.name.removeprefix("step-"))
         assert before < step < STEPS, plan
+        if point not in ("evaluate", "save"):  # in the numbers of that step, or of the next
+            asked = before + -before % 4 + 1
+            assert asked <= step <= asked + (2 if point == "report" else 1), plan
         assert step == max(row["step"] for row in metrics(run_dir)), plan
     log = tmp_path / "rest.log"
     assert launcher.train(options_of(toy_tokens, run_dir), 2, log) == [0, 0], log.read_text()
@@ -94,7 +104,7 @@ def test_the_evaluation_that_a_signal_ended_is_done_after_all(
     assert launcher.train(options_of(toy_tokens, run_dir), 2, log) == [0, 0], log.read_text()
     assert (STEPS, "validation") in curve(run_dir)
     assert launcher.train(options_of(toy_tokens, run_dir), 2, log) == [0, 0], log.read_text()
-    assert "nothing to do: step 60 of 60 is done" in log.read_text()
+    assert f"nothing to do: step {STEPS} of {STEPS} is done" in log.read_text()
 
 
 def test_a_signal_before_training_is_remembered() -> None:
@@ -110,18 +120,59 @@ def test_a_signal_before_training_is_remembered() -> None:
             signal.signal(number, handler)
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(toy_tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("during", ["imports", "joining"])
+def test_a_signal_before_the_trainer_is_made(
+    during: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is listened to before what takes seconds is imported, looked at after, and handed on."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handed_on: list[StopRequest] = []
+
+    class Asked(StopRequest):
+        def __init__(self) -> None:
+            super().__init__()
+            assert "megaphi.trainer" not in sys.modules
+            sys.modules["megaphi.trainer"] = Heavy()  # type: ignore[assignment]
+            if during == "imports":
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    class Heavy:
+        """In place of the modules that import torch."""
+
+        @contextlib.contextmanager
+        def processes(self, _: object) -> Iterator[None]:
+            assert during == "joining", "the run has begun"
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield
+
+        def Trainer(self, _: object, __: object, stop: StopRequest) -> "Heavy":  # noqa: N802
+            handed_on.append(stop)
+            return self
+
+        def run(self) -> None:
+            handed_on[0].check()
+
+    monkeypatch.setattr(train, "StopRequest", Asked)
+    monkeypatch.setattr(train, "outlive_readers", lambda: None)
+    monkeypatch.setitem(sys.modules, "megaphi.parallel.mesh", Heavy())
+    monkeypatch.delitem(sys.modules, "megaphi.trainer")
+    try:
+        with pytest.raises(Preempted, match="before step 1, nothing is lost"):
+            train.run(["--train.steps=1", f"--train.run_dir={tmp_path}", "--data.train=tokens"])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert len(handed_on) == (during == "joining")
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(
+    launcher: Launcher, toy_tokens: Path, tmp_path: Path
+) -> None:
     """As in `megaphi train … 2>&1 | head -1`: silent from then on, and metrics are complete."""
     run_dir = tmp_path / "run"
     options = toy_options(toy_tokens, run_dir, logging__interval=1)
-    process = subprocess.Popen(
-        train_command(options), env=child_environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=120) == 0
+    entry = "tests.faults.faulty_trainings:unread"
+    assert launcher.train(options, 1, tmp_path / "log", entry) == [0]
     assert [row["step"] for row in metrics(run_dir) if "loss" in row] == list(range(1, 21))
 
 

@@ -1,17 +1,19 @@
 """Losses that spike and gradients that are not numbers: what is done, on all processes alike."""
 
+import contextlib
 import json
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megaphi.checkpoint.manifest import find_checkpoints
+from megaphi.checkpoint.manifest import find_checkpoints, write_manifest
 from megaphi.config import Train
 from megaphi.data.indexed import IndexedDatasetWriter
-from megaphi.resilience.spikes import Rewinds, SpikeWatch, merged, sample_at
-from tests.faults.test_resume import final_tensors
+from megaphi.errors import RunError
+from megaphi.resilience.spikes import Rewind, Rewinds, Spike, SpikeWatch, merged, sample_at
+from tests.faults.test_resume import final_tensors, tensors_of
 from tests.helpers import curve, metrics, toy_options
 from tests.layouts import Launcher
 
@@ -24,12 +26,6 @@ SPIKES = {
     "train__spike_steps": 2,
     "train__spike_rewind_steps": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    with Launcher() as launcher:
-        yield launcher
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +44,12 @@ def train(
 ) -> tuple[list[int], str]:
     """Train on two processes; exit statuses and output."""
     run_dir.with_suffix(".plan.json").write_text(json.dumps(plan))
-    values = {"train__steps": STEPS, "data__planned_samples": 400, **SPIKES, **overrides}
+    values = {
+        "train__steps": STEPS, "schedule__decay_steps": STEPS, "data__planned_samples": 400,
+        **SPIKES, **overrides,
+    }  # fmt: skip
     log = run_dir.with_suffix(".log")
+    log.unlink(missing_ok=True)
     entry = "tests.faults.faulty_trainings:" + ("nonfinite" if "where" in plan else "spiking")
     statuses = launcher.train(toy_options(tokens, run_dir, **values), 2, log, entry)
     return statuses, log.read_text()
@@ -92,6 +92,7 @@ def test_a_spike_leaves_out_exactly_the_samples_around_it(rewound: Path) -> None
 def test_a_rewind_is_in_the_metrics_and_the_checkpoints(rewound: Path) -> None:
     (event,) = [row for row in metrics(rewound) if row.get("event") == "rewind"]
     assert event["skipped"] == [[72, 112]]
+    assert not [row for row in metrics(rewound) if row.get("event") == "resume"]  # no restart
     assert (event["spike"]["first_step"], event["spike"]["last_step"]) == (13, 14)
     steps = [row["step"] for row in metrics(rewound) if "loss" in row]
     assert steps == list(range(1, STEPS + 1))
@@ -113,6 +114,19 @@ def test_killed_in_a_rewind(
     assert statuses == [0, 0], printed
     assert samples_of_steps(run_dir) == samples_of_steps(rewound)
     assert curve(run_dir) == curve(rewound)
+    assert final_tensors(run_dir) == final_tensors(rewound)
+
+
+def test_a_resumed_run_knows_the_losses_before(
+    rewound: Path, launcher: Launcher, unique_tokens: Path, tmp_path: Path
+) -> None:
+    """Two steps after its start it has seen too few to tell by themselves what a spike is."""
+    run_dir = tmp_path / "run"
+    for steps in (10, STEPS):
+        plan: dict[str, object] = {"bad": BAD}
+        statuses, printed = train(launcher, unique_tokens, run_dir, plan, train__steps=steps)
+        assert statuses == [0, 0], printed
+    assert samples_of_steps(run_dir) == samples_of_steps(rewound)
     assert final_tensors(run_dir) == final_tensors(rewound)
 
 
@@ -140,6 +154,13 @@ def test_what_is_a_spike() -> None:
     assert spike is not None
     assert (spike.first_step, spike.last_step) == (6, 7)
     assert spike.mean == pytest.approx(3.1)
+    # an ordinary step between two spiked ones
+    again.load_state(json.loads(json.dumps({"window": [3.0, 3.2, 3.0, 3.2], "in_a_row": 0})))
+    assert [again.add(step, loss) for step, loss in ((8, 9.0), (9, 3.1), (10, 9.0))] == [None] * 3
+    # losses that are all the same: a tenth more is noise, not infinitely many deviations
+    flat = SpikeWatch(train)
+    assert [flat.add(step, 3.0) for step in range(1, 5)] == [None] * 4
+    assert [flat.add(step, 3.1) for step in range(5, 8)] == [None] * 3
     off = SpikeWatch(Train(run_dir="r", steps=1, spike_window=1))
     assert [off.add(step, 10.0**step) for step in range(4)] == [None] * 4
 
@@ -170,43 +191,93 @@ def test_rewinds_add_up(tmp_path: Path) -> None:
     assert Rewinds.read(tmp_path).records == twice.records
 
 
+def checkpoint_of(run_dir: Path, step: int, rewinds: list[Rewind]) -> Path:
+    """What looks like a checkpoint of a run that knew of these rewinds."""
+    path = run_dir / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    state = {"rewinds": [asdict(record) for record in rewinds]}
+    (path / "trainer.json").write_text(json.dumps(state))
+    write_manifest(path, {}, {"step": step})
+    return path
+
+
+FIRST = Rewind(Spike(3, 4, 9.0, 1.0, 0.1), 2, [[16, 32]])
+SECOND = Rewind(Spike(11, 11, 9.0, 1.0, 0.1), 10, [[96, 112]])
+
+
+def test_only_a_sound_checkpoint_from_before_is_gone_back_to(tmp_path: Path) -> None:
+    for step in (8, 9, 10, 11):
+        checkpoint_of(tmp_path, step, [FIRST])
+    rewinds = Rewinds(tmp_path, [FIRST, SECOND])
+    assert rewinds.find_checkpoint().name == "step-00000010"
+    (tmp_path / "step-00000010" / "trainer.json").write_text("{}")
+    assert rewinds.find_checkpoint().name == "step-00000009"
+    for step in (8, 9):
+        (tmp_path / f"step-{step:08d}" / "manifest.json").unlink()
+    with pytest.raises(RunError, match=r"step 11 .* no sound checkpoint of step 10 or before"):
+        rewinds.find_checkpoint()
+
+
+def test_what_is_void_follows_from_what_a_checkpoint_knows(tmp_path: Path) -> None:
+    """Steps after `void_after` of a record that it does not know of."""
+    before = [checkpoint_of(tmp_path, step, []) for step in (2, 5)]
+    between = [checkpoint_of(tmp_path, step, [FIRST]) for step in (7, 10, 11)]
+    after = [checkpoint_of(tmp_path, step, [FIRST, SECOND]) for step in (12, 13)]
+    rewinds = Rewinds(tmp_path, [FIRST, SECOND])
+    for path in (*before, *between, *after):
+        void = path in (before[1], between[2])
+        with pytest.raises(ValueError, match="rewinds") if void else contextlib.nullcontext():
+            known = json.loads((path / "trainer.json").read_text())["rewinds"]
+            assert rewinds.joined(known, path) is rewinds
+    rewinds.drop_void_checkpoints()
+    left = {path.name for path in find_checkpoints(tmp_path)}
+    assert left == {p.name for p in (before[0], *between[:2], *after)}
+
+
 @pytest.mark.parametrize(
     ("where", "value"), [("loss", "nan"), ("gradient", "inf"), ("micro-batch", "nan")]
 )
 def test_one_nonfinite_step_is_skipped_by_all(
     where: str, value: str, launcher: Launcher, toy_tokens: Path, tmp_path: Path
 ) -> None:
-    """Only rank 1 meets it; nobody's weights or moments change."""
+    """Only rank 1 meets it; nobody's weights or moments change, and one more is not in a row."""
     run_dir = tmp_path / "run"
     plan = {"where": where, "value": value, "rank": 1, "step": 5, "steps": 1}
-    tensors = []
-    for steps in (4, 5):
-        statuses, printed = train(
-            launcher, toy_tokens, run_dir, plan, train__steps=steps, train__spike_deviations=0
-        )
-        assert statuses == [0, 0], printed
-        tensors.append(final_tensors(run_dir))
-    assert tensors[0] == tensors[1]
+    options = {"train__max_nonfinite_steps": 2, "train__spike_deviations": 0}
     statuses, printed = train(
-        launcher, toy_tokens, run_dir, plan, train__steps=8, train__spike_deviations=0
+        launcher, toy_tokens, run_dir, plan, train__steps=5, checkpoint__interval=4, **options
+    )
+    assert statuses == [0, 0], printed
+    skipped, before = find_checkpoints(run_dir)
+    assert (skipped.name, before.name) == ("step-00000005", "step-00000004")
+    assert tensors_of(skipped) == tensors_of(before)
+    statuses, printed = train(
+        launcher, toy_tokens, run_dir, {**plan, "step": 7}, train__steps=8, **options
     )
     assert statuses == [0, 0], printed
     rows = [row for row in metrics(run_dir) if "loss" in row]
-    assert [row["step"] for row in rows if row["grad_norm"] is None] == [5]
+    assert [row["step"] for row in rows if row["grad_norm"] is None] == [5, 7]
     state = json.loads((find_checkpoints(run_dir)[0] / "trainer.json").read_text())
-    assert (state["optimizer_updates"], state["skipped_updates"]) == (7, 1)
-    assert final_tensors(run_dir) != tensors[1]
+    assert (state["optimizer_updates"], state["skipped_updates"]) == (6, 2)
+    assert final_tensors(run_dir) != tensors_of(before)
 
 
 def test_many_nonfinite_steps_stop_the_run_with_checkpoints_from_before(
     launcher: Launcher, toy_tokens: Path, tmp_path: Path
 ) -> None:
+    """Also where it was started again in between: they are counted on."""
     run_dir = tmp_path / "run"
     plan = {"where": "micro-batch", "value": "nan", "rank": 0, "step": 6, "steps": 99}
-    statuses, printed = train(
-        launcher, toy_tokens, run_dir, plan, checkpoint__interval=1, train__max_nonfinite_steps=4,
-        train__spike_deviations=0,
-    )  # fmt: skip
+    options = {
+        "checkpoint__interval": 1, "train__max_nonfinite_steps": 4, "train__spike_deviations": 0,
+    }  # fmt: skip
+    statuses, printed = train(launcher, toy_tokens, run_dir, plan, **options)
     assert statuses == [1, 1], printed
     assert "step 9: the gradient was not finite for 4 steps in a row" in printed
     assert [path.name for path in find_checkpoints(run_dir)] == ["step-00000005", "step-00000004"]
+    # the last step is saved whatever it is
+    statuses, printed = train(launcher, toy_tokens, run_dir, plan, train__steps=8, **options)
+    assert statuses == [0, 0], printed
+    statuses, printed = train(launcher, toy_tokens, run_dir, plan, **options)
+    assert statuses == [1, 1], printed
+    assert "step 9: the gradient was not finite for 4 steps in a row" in printed

@@ -217,7 +217,7 @@ def test_a_directory_of_the_same_name(tmp_path: Path, capsys) -> None:
 def run(tmp_path: Path, toy_tokens: Path, train_here: Callable[[list[str]], Any]) -> Path:
     """A run of 20 steps that was restarted after 10: checkpoints of steps 10, 15 and 20."""
     directory = tmp_path / "run"
-    options = {"data__planned_samples": 160, "logging__tensorboard": "true"}
+    options = {"data__planned_samples": 160}
     for steps in (10, 20):
         train_here(toy_options(toy_tokens, directory, train__steps=steps, **options))
     return directory
@@ -246,6 +246,8 @@ def test_run(run: Path, capsys) -> None:
     assert report["median_tokens_per_second_per_gpu"] == statistics.median(rates)
     assert report["restarts"] == 1
     assert report["latest"] == "step-00000020"
+    (run / "latest").write_bytes(b"\xff\0 no name")
+    assert inspect(capsys, run)["latest"] == "\ufffd\0 no name"
     assert report["set_aside"] == ["step-00000005.corrupt-1"]
     assert report["recipe"]["train.global_batch_size"] == 8
     assert report["recipe"]["optimizer.learning_rate"] == 1e-3
@@ -345,7 +347,7 @@ def test_weights_without_a_trainer(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.slow
 def test_shards_of_two_processes_are_counted_once(tmp_path: Path, toy_tokens: Path, capsys) -> None:
-    from tests.helpers import run_training
+    from tests.layouts import run_training
 
     options = toy_options(toy_tokens, tmp_path / "run", train__steps=5)
     assert run_training(options, processes=2).returncode == 0
