@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dedup_index import Index, IndexTask, index_part
 from data_pipeline.engine import Options, Stage, Tally, run_stage
-from data_pipeline.executors import Executor, run_shards
+from data_pipeline.executors import run_shards
 from data_pipeline.jsonl import LineWriter
 from data_pipeline.minhash import choose_bands, estimate_jaccard
 from data_pipeline.output import LOCK_NAME, Manifest, WorkDirectory
@@ -89,7 +89,7 @@ def dedup(
     def prepare() -> None:
         plan = digest([VERSION, config, work.fingerprint])
         index.append(WorkDirectory(place, plan, shared=options.runner.shared))
-        _index_parts(parts, index[0], bands, rows, options.runner)
+        _index_parts(parts, index[0], bands, rows, options)
         _decide(Index([index[0].shard_directory(i) for i in range(len(parts))]), place, near, bands)
 
     work = replace(
@@ -112,11 +112,11 @@ def dedup(
 
 
 def _index_parts(
-    parts: list[PartShard], work: WorkDirectory, bands: int, rows: int, executor: Executor
+    parts: list[PartShard], work: WorkDirectory, bands: int, rows: int, options: Options
 ) -> None:
     """Index the parts that are not indexed yet."""
     tasks = [IndexTask(part, work.shard_directory(part.index), bands, rows) for part in parts]
-    run_shards(index_part, tasks, work, executor)
+    run_shards(index_part, tasks, work, options.runner, options.on_shard)
 
 
 class _UnionFind:

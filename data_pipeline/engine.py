@@ -31,6 +31,7 @@ from data_pipeline.output import (
     write_manifest,
 )
 from data_pipeline.records import Json, Lineage, Record, Reject, digest, record_line
+from megaphi.durable import sync
 from megaphi.errors import RunError, TooManyRejects
 
 PART_BYTES = 32 * 2**20  # a part file is closed once it has grown to this, before compression
@@ -254,6 +255,9 @@ def run_stage(
         return reusable, True
     started = time.monotonic()
     plan = digest([stage.name, stage.version, stage.config, stage.compress, seed, work.fingerprint])
+    allowed = None if options.overwrite else _set_aside(plan, out, options)
+    if allowed is not None:
+        return allowed, True
     partial = out.with_name(out.name + ".partial")
     directory = WorkDirectory(partial, plan, shared=options.runner.shared)
     try:
@@ -266,6 +270,7 @@ def run_stage(
             "engine": options.runner.name,
             "workers": options.runner.workers,
             "resumed": directory.resumed,
+            "plan": plan,
             "versions": library_versions(options.libraries),
         }
         manifest = replace(manifest, run=run)
@@ -285,8 +290,11 @@ def _reusable(
     if not (out / MANIFEST_NAME).is_file() or options.overwrite:
         return None
     manifest = read_manifest(out)
+    compressed = all(part.name.endswith(".zst") for part in manifest.parts)
     # Comparing the options first saves reading the inputs.
-    if manifest.key == stage_key(stage.name, stage.version, stage.config, seed, manifest.inputs):
+    if compressed == stage.compress and manifest.key == stage_key(
+        stage.name, stage.version, stage.config, seed, manifest.inputs
+    ):
         inputs = work.identify()
         if manifest.key == stage_key(stage.name, stage.version, stage.config, seed, inputs):
             return manifest
@@ -343,20 +351,50 @@ def _gather(
     )
 
 
+def _aside(out: Path) -> Path:
+    return out.with_name(out.name + ".rejected")
+
+
+def _is_allowed(manifest: Manifest, options: Options) -> bool:
+    share = manifest.num_rejected / max(manifest.records_in, 1)
+    return manifest.records_out > 0 and share <= options.max_reject
+
+
+def _set_aside(plan: str, out: Path, options: Options) -> Manifest | None:
+    """Publish what an earlier run of the same plan set aside and `max_reject` allows now.
+
+    Returns:
+        Its manifest; None where there is no such output.
+    """
+    aside = _aside(out)
+    if not (aside / MANIFEST_NAME).is_file():
+        return None
+    try:
+        manifest = read_manifest(aside)
+    except RunError:  # somebody has cleared it away in part; it is made again
+        return None
+    if manifest.run.get("plan") != plan or not _is_allowed(manifest, options):
+        return None
+    aside.rename(out)
+    sync(out.parent)
+    return manifest
+
+
 def _publish(directory: WorkDirectory, manifest: Manifest, out: Path, options: Options) -> None:
     """Publish the output, or set it aside as `OUT.rejected` when too much was refused."""
     share = manifest.num_rejected / max(manifest.records_in, 1)
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.rejected.items())
-    if manifest.records_out > 0 and share <= options.max_reject:
+    if _is_allowed(manifest, options):
         directory.publish(out)
         return
-    aside = out.with_name(out.name + ".rejected")
+    aside = _aside(out)
     check_target(aside)
     directory.publish(aside)
     if share > options.max_reject:
         raise TooManyRejects(
             f"{manifest.num_rejected} of {manifest.records_in} documents were rejected "
-            f"({reasons}), more than --max-reject {options.max_reject:g} allows; see {aside}"
+            f"({reasons}), more than --max-reject {options.max_reject:g} allows; see {aside}, "
+            "which a run with a higher --max-reject takes as it is"
         )
     raise RunError(
         f"no document was kept of {manifest.records_in} ({reasons or 'the input is empty'}); "

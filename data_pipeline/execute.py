@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from data_pipeline.engine import Stage, Tally, Work
+from data_pipeline.output import write_json
 from data_pipeline.record_work import PartShard, broken_text, read_shard, record_work
 from data_pipeline.records import Json, Record, Reject
 
-VERSION = "1"
+VERSION = "2"
 SOURCE = "exercise"
 BATCH = 512  # programs that are handed over together
 ENTRY = "failed_examples"
+COUNT_NAME = "execution.json"  # beside the parts
 
 _FRAME = """
 import sys, types
@@ -89,19 +91,27 @@ def plan_execute(records: Sequence[Path], run: Run, limits: dict[str, Json]) -> 
         FileNotFoundError, ValueError, RunError: see `record_work`.
     """
     stage = Stage(name="execute", version=VERSION, config=limits, function=execute_shard)
-    work = record_work(records)
+    work = record_work(records, finish=_write_count)
     return stage, replace(work, shards=[_Shard(part, run) for part in work.shards])
 
 
 def execute_shard(shard: _Shard, config: dict[str, Any], tally: Tally) -> Iterator[Record | Reject]:
     """The stage function: yield each record that ran or need not, reject the others."""
     batch: list[tuple[str, Record]] = []
+    ran = 0
     for entry in read_shard(shard.part, tally):
         batch.append(entry)
+        ran += entry[1]["source"] == SOURCE
         if len(batch) == BATCH:
             yield from _judge(batch, shard.run)
             batch = []
     yield from _judge(batch, shard.run)
+    tally.notes.append(ran)
+
+
+def _write_count(directory: Path, notes: list[list[Json]]) -> None:
+    """Say beside the parts how many exercises there were: other documents are handed on."""
+    write_json(directory / COUNT_NAME, {"exercises": sum(sum(each) for each in notes)})
 
 
 def _judge(batch: list[tuple[str, Record]], run: Run) -> Iterator[Record | Reject]:

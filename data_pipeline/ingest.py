@@ -3,6 +3,7 @@
 Every document read ends in exactly one of kept and rejected. The checks, in this order:
 
     not_regular_file  symbolic link, named pipe, device (never followed, never opened)
+    data_file         an archive or data file in a folder of .py files, which alone are read there
     unreadable        the file cannot be read, or a compressed file ends too early
     json              a JSONL line that is not JSON; the detail has the byte offset
     type              a row that is not an object, or a text that is not a string
@@ -46,6 +47,7 @@ from data_pipeline.rows import Span, first_row, read_rows, split_file, text_fiel
 from data_pipeline.sources import (
     Source,
     SourceFile,
+    check_outside,
     content_sha256,
     find_source,
     printable,
@@ -54,7 +56,7 @@ from data_pipeline.sources import (
 from data_pipeline.stackoverflow import PostOptions, TextLimits, read_posts
 from data_pipeline.text import LONG_WORD, DocumentError
 
-VERSION = "2"
+VERSION = "3"
 SHARD_BYTES = 32 * 2**20  # small files are gathered to shards of this size
 SHARD_FILES = 20_000
 DEFAULT_MAX_BYTES = 2**20  # The Stack, too, drops files above 1 MB
@@ -164,22 +166,27 @@ class IngestShard:
     options: IngestOptions
 
 
-def plan_ingest(arguments: Sequence[str], options: IngestOptions) -> tuple[Stage, Work]:
+def plan_ingest(
+    arguments: Sequence[str], options: IngestOptions, out: Path | None = None
+) -> tuple[Stage, Work]:
     """Find the sources and divide them into shards.
 
     Args:
         arguments: SOURCE arguments (`sources.find_source`), in the order of the output.
         options: the stage's options.
+        out: the records directory to make, which must not be among what is read.
 
     Raises:
         FileNotFoundError: a source, or a list of licences or repositories, does not exist.
         ValueError: a source or list cannot be used; the first row of a data file lacks the text
-            field; a source is not of the format asked for.
+            field; a source is not of the format asked for; `out` lies in a folder of data files.
     """
     sources = [
         find_source(argument, name, options.exclude)
         for argument, name in zip(arguments, _source_names(arguments), strict=True)
     ]
+    if out is not None:
+        check_outside(sources, out)
     units = [
         unit
         for index, source in enumerate(sources)
@@ -361,7 +368,7 @@ def _read_unit(unit: Unit, options: IngestOptions, tally: Tally) -> Iterator[Rec
     if unit.is_first:
         tally.inputs.append(_digest(unit, options.max_bytes))
     if file.refused:
-        yield reject_at(unit.label, file.name, "not_regular_file", file.refused)
+        yield reject_at(unit.label, file.name, file.reason, file.refused)
     elif unit.format == "stackoverflow":
         posts = PostOptions(
             tags=tuple(options.tags),

@@ -9,7 +9,7 @@ import fnmatch
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,7 @@ class SourceFile:
         size: bytes, 0 where unknown.
         mtime_ns: modification time.
         refused: why it is not read, empty if it is.
+        reason: of the reject, where it is refused.
     """
 
     kind: Kind
@@ -56,6 +57,7 @@ class SourceFile:
     size: int = 0
     mtime_ns: int = 0
     refused: str = ""
+    reason: str = "not_regular_file"
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,21 @@ def find_source(argument: str, name: str, exclude: Sequence[str] = ()) -> Source
 
 
 def _find_files(root: str, name: str, exclude: Sequence[str]) -> list[SourceFile]:
-    """The files of a directory: its Python files, or if there are none its data files."""
+    """The files of a directory: its Python files, or if there are none its data files.
+
+    Beside Python files, data files are refused and not passed over: one script in a folder of
+    Parquet files must not pass for the whole folder.
+    """
     found: list[SourceFile] = []
     _walk(root, name, exclude, found)
     if any(file.kind == "python" and not file.refused for file in found):
-        return [file for file in found if file.kind == "python"]
+        why = "beside .py files: name it as a source to read it, or leave it out with --exclude"
+        return [
+            file
+            if file.kind == "python" or file.refused
+            else replace(file, refused=why, reason="data_file")
+            for file in found
+        ]
     if found:
         return found
     raise ValueError(f"{root}: holds none of the files that are read: {', '.join(SUFFIXES)}")
@@ -182,6 +194,27 @@ def _entry_file(root: str, inside: str, name: str, kind: Kind, refused: str) -> 
         mtime_ns=status.st_mtime_ns,
         refused=refused,
     )
+
+
+def check_outside(sources: Sequence[Source], out: Path) -> None:
+    """Check that no source would find the parts of an output when it is read again.
+
+    Args:
+        sources: what is read.
+        out: the records directory to make.
+
+    Raises:
+        ValueError: one would.
+    """
+    place = out.resolve()
+    for source in sources:
+        root = Path(source.argument)
+        reads_data = any(file.kind != "python" and not file.refused for file in source.files)
+        if reads_data and root.is_dir() and root.resolve() in (place, *place.parents):
+            raise ValueError(
+                f"{out}: lies in {printable(source.argument)}, whose data files are read: the next "
+                "run would read these records again; choose an --out elsewhere"
+            )
 
 
 def read_bytes(file: SourceFile, limit: int) -> bytes:

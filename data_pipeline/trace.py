@@ -68,12 +68,30 @@ class Query:
             identifiers(record.get("license", ""))
         )
 
+    def cannot_tell(self, record: Record) -> bool:
+        """Whether a record names no repository, or no licence, where that is asked for."""
+        return bool(
+            (self.repositories and not any(repositories(record)))
+            or (self.licenses and not record.get("license"))
+        )
+
 
 @dataclass
 class Searched:
-    """How much was looked at: counted while `trace` is iterated over."""
+    """What was looked at: counted while `trace` is iterated over.
+
+    Attributes:
+        documents: all.
+        silent: those that do not name what is asked for, and so cannot be found by it.
+    """
 
     documents: int = 0
+    silent: int = 0
+
+    def count(self, record: Record, query: Query) -> None:
+        """Count a document."""
+        self.documents += 1
+        self.silent += query.cannot_tell(record)
 
 
 def trace(where: Path, query: Query, searched: Searched) -> Iterator[dict[str, Json]]:
@@ -106,7 +124,7 @@ def _trace_records(directory: Path, query: Query, searched: Searched) -> Iterato
     for part in read_manifest(directory).parts:
         path = check_part(directory, part)
         for number, (_, record) in enumerate(read_part(path), start=1):
-            searched.documents += 1
+            searched.count(record, query)
             if query.matches(record):
                 yield {"file": part.name, "line": number, **_provenance(record)}
 
@@ -119,8 +137,8 @@ def _trace_tokens(prefix: Path, query: Query, searched: Searched) -> Iterator[di
     count = 0
     with table.open("rb") as stream:
         for count, (_, line) in enumerate(read_lines(stream), start=1):
-            searched.documents += 1
             record = _parse_line(line, f"{table}:{count}", count - 1)
+            searched.count(record, query)
             if count >= len(documents):
                 break
             if query.matches(record):

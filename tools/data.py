@@ -14,16 +14,14 @@
     megaphi data blend PREFIX=EPOCHS... --out FILE.yaml
     megaphi data run RECIPE.yaml [--engine local|ray|slurm]
 
-Progress goes to stderr when that is a terminal, one line of result to stdout; `--json` prints one
+Progress goes to stderr, one line of result to stdout; `--json` prints one
 JSON object instead. A finished output of the same inputs and options is reused.
 """
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +39,8 @@ from tools import (
     data_trace,
     data_train_filter,
 )
-from tools.data_engine import add_engine, executor_of, run_verb
+from tools.data_engine import HelpFormatter, add_engine, executor_of, run_verb
+from tools.data_stage import progress
 
 EXAMPLES = """examples:
   megaphi data ingest ~/code --out corpus/records
@@ -106,7 +105,7 @@ def _add_verb(
         help=text,
         description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--out", required=True, metavar=out, type=Path, help="what to make")
     parser.add_argument("--overwrite", action="store_true", help="replace another output")
@@ -155,20 +154,6 @@ def _add_merge(verbs: Any) -> None:
     parser.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX")
 
 
-@contextmanager
-def _progress(what: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar on stderr if that is a terminal; yields set(done, total)."""
-    from tqdm import tqdm
-
-    with tqdm(desc=what, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-
-        def show(done: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
 def _seconds(started: float, size: int) -> str:
     """`1.2 s, 25.3 MB/s` since `started` for `size` bytes."""
     seconds = max(time.monotonic() - started, 1e-9)
@@ -185,7 +170,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str
     from data_pipeline.train_tokenizer import train_tokenizer
 
     started = time.monotonic()
-    with _progress("read", "B") as show:
+    with progress("read", "B") as show:
         read = 0
 
         def on_bytes(size: int) -> None:
@@ -224,7 +209,7 @@ def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from data_pipeline.tokenize_records import tokenize_records
 
     started = time.monotonic()
-    with _progress("tokenize", "part") as show:
+    with progress("tokenize", "part") as show:
         made = tokenize_records(
             arguments.records,
             arguments.tokenizer,

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tools.data_engine import HelpFormatter
 from tools.data_llm import (
     add_server,
     consent,
@@ -27,7 +28,7 @@ def add_parser(verbs: Any) -> None:
         help=text,
         description=f"{text}. Answers are kept in a ledger: no prompt is paid for twice.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS_DIR")
     parser.add_argument("--samples", type=int, required=True, metavar="N", help="how many to judge")

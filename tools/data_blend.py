@@ -5,6 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tools.data_engine import HelpFormatter
+
+MAX_EPOCHS = 1e6  # more is a slip: of a unit, or of a digit
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb."""
@@ -14,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
         help=text,
         description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "sources",
@@ -35,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
         help="of the documents of each file, from its end, to validate on",
     )
     parser.add_argument("--out", required=True, metavar="FILE.yaml", type=Path, help="what to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace another file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -44,11 +49,13 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     Raises:
         FileNotFoundError: no such token file.
-        ValueError: a number is out of range, or a file has nothing to train on.
+        ValueError: a number is out of range, a file has nothing to train on, or `--out` is another
+            file.
         TokenFileError: a token file is broken.
     """
     import yaml
 
+    from data_pipeline.output import OtherOutput
     from megaphi.durable import write_durably
 
     split = _split(arguments.validation_share)
@@ -59,6 +66,12 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if not arguments.tokens >= 1:
             raise ValueError(f"--tokens {arguments.tokens:g}: at least 1 is needed")
         scale = arguments.tokens / total
+        most = max(source["epochs"] for source in sources) * scale
+        if not most < MAX_EPOCHS:
+            raise ValueError(
+                f"--tokens {arguments.tokens:g}: is {most:g} passes over the {total:,.0f} tokens "
+                f"that the sources give in one; fewer than {MAX_EPOCHS:g} are allowed"
+            )
     train: list[str | float] = []
     for source in sources:
         share = source["tokens"] * source["epochs"] / total
@@ -70,6 +83,12 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"# data of a training recipe: {total * scale:,.0f} training tokens in all\n"
         + yaml.safe_dump({"data": data}, sort_keys=False)
     )
+    reused = _is_there(arguments.out, text)
+    if arguments.out.exists() and not reused and not arguments.overwrite:
+        raise OtherOutput(
+            f"{arguments.out}: is another file than this blend; choose another --out, or pass "
+            "--overwrite to replace it"
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_durably(arguments.out, text)
     options = f"--data.train='{json.dumps(train)}'"
@@ -78,6 +97,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = {
         "verb": "blend",
         "out": str(arguments.out),
+        "reused": reused,
         "sources": sources,
         "tokens": round(total * scale),
         "options": options,
@@ -88,8 +108,20 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{source['epochs']:8.3f} epochs  weight {source['weight']:.6g}"
         for source in sources
     ]
-    head = f"blended {arguments.out}: {total * scale:,.0f} tokens from {len(sources)} token files"
+    did = "reused" if reused else "blended"
+    head = f"{did} {arguments.out}: {total * scale:,.0f} tokens from {len(sources)} token files"
     return result, "\n".join([head, *lines, f"megaphi train RECIPE.yaml {options}"])
+
+
+def _is_there(path: Path, text: str) -> bool:
+    """Whether the file holds this text already.
+
+    Raises:
+        ValueError: it is a directory.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; name the file to make")
+    return path.is_file() and path.read_bytes() == text.encode("utf-8")
 
 
 def _split(share: float | None) -> str | None:
@@ -112,8 +144,8 @@ def _source(word: str, split: str | None) -> dict[str, Any]:
         epochs = float(text)
     except ValueError:
         raise ValueError(f"{word}: must be PREFIX=EPOCHS, such as {prefix}=4") from None
-    if not 0 < epochs < 1e6:
-        raise ValueError(f"{word}: epochs must be above 0")
+    if not 0 < epochs < MAX_EPOCHS:
+        raise ValueError(f"{word}: epochs must be above 0 and below {MAX_EPOCHS:g}")
     indexed = IndexedDataset(prefix)
     bounds = (0, len(indexed)) if split is None else split_ranges(split, len(indexed))[0]
     tokens = 0 if bounds is None else int(indexed.lengths[slice(*bounds)].sum())

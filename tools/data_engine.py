@@ -9,11 +9,13 @@ after tasks were lost does what is missing.
 
 import argparse
 import contextlib
+import errno
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaphi.errors import EXIT_REJECTS, RunError, TooManyRejects
@@ -33,6 +35,15 @@ _OPTIONS = {
     "--wait": 0,
     "--json": 0,
 }
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of an option where there is one to say."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "") or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -119,10 +130,13 @@ def run_verb(arguments: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[s
         argv: the words that they were read from, without `megaphi data`.
 
     Raises:
-        RunError: a job that was waited for failed; or see the verb.
+        ValueError: `--overwrite` would remove what is to be read; or see the verb.
+        RunError: a job that was waited for failed, the disk is full; or see the verb.
     """
     from data_pipeline.executors import ShardsPlanned, SliceDone
 
+    if argv[0] not in ("tokenize", "merge"):  # whose output is files beside a folder of that name
+        check_inputs_stay(arguments)
     run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]] = arguments.run
     try:
         if not hasattr(arguments, "slice") or arguments.engine != "ray":
@@ -130,6 +144,14 @@ def run_verb(arguments: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[s
         # Ray prints what befalls its nodes to stdout, which is the result's.
         with contextlib.redirect_stdout(sys.stderr):
             return run(arguments)
+    except OSError as error:
+        # Raised by a write, these name no file.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = getattr(arguments, "out", None) or getattr(arguments, "work", None) or "output"
+        raise RunError(
+            f"{where}: {error.strerror}; make room and run again, what is done is kept"
+        ) from None
     except SliceDone as left:
         result = {"verb": argv[0], "out": str(arguments.out), "slice": arguments.slice}
         line = (
@@ -150,6 +172,27 @@ def run_verb(arguments: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[s
         result = {"verb": argv[0], "out": str(arguments.out), "jobs": jobs}
         line = f"submitted {arguments.out}: {plan.missing} shards, jobs {' '.join(jobs)}"
         return result | {"shards": plan.missing}, line
+
+
+def check_inputs_stay(arguments: argparse.Namespace) -> None:
+    """Check that the output does not replace a folder that is read, or one that holds it.
+
+    Raises:
+        ValueError: it does.
+    """
+    out = getattr(arguments, "out", None)
+    if not getattr(arguments, "overwrite", False) or out is None or not out.is_dir():
+        return
+    for name, value in vars(arguments).items():
+        if name in ("out", "ledger"):
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            is_source = isinstance(each, Path) or name == "sources"
+            if is_source and out.resolve() in (Path(each).resolve(), *Path(each).resolve().parents):
+                raise ValueError(
+                    f"{each}: is read, and --overwrite of {out} would remove it; "
+                    "choose another --out"
+                )
 
 
 def _script(arguments: argparse.Namespace, argv: Sequence[str], missing: int) -> str:

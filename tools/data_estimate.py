@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline.sources import find_source
 from tools.data_engine import cores
 from tools.data_recipe import CorpusRecipe, StageCall
 
@@ -50,23 +51,39 @@ def estimate(
     sizes: dict[str, float | None] = {}
     rows: list[dict[str, Any]] = []
     for call in recipe.stages:
-        sizes[call.name] = _size(call, sizes)
         arguments = verbs[call.verb].parse_args(call.argv[1:])
+        sizes[call.name] = _size(call, sizes, arguments)
         if "model" in vars(arguments) and call.verb in ("annotate", "generate"):
             rows.append(_asked(call, arguments))
         else:
             rows.append(_computed(recipe, call, sizes, workers))
-    total: dict[str, Any] = {"stage": "in all", "verb": "", "gigabytes": None, "why": ""}
-    for key in ("cpu_hours", "hours", "dollars"):
-        total[key] = sum(row[key] for row in rows if row[key] is not None)
-    missing = sum(row["hours"] is None or row["dollars"] is None for row in rows)
-    if missing:
-        total["why"] = f"without what is n/a in {missing} stages"
+    total = _total(rows)
+    if "cpu_hour" not in recipe.prices:
+        total["why"] += "; give `prices: {cpu_hour: DOLLARS}` in the recipe"
     result = {"verb": "estimate", "workers": workers, "stages": rows, "total": total}
     return result, _table([*rows, total], workers)
 
 
-def _size(call: StageCall, sizes: Mapping[str, float | None]) -> float | None:
+def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last row. A sum without what is not known says so; one of nothing is None, not 0."""
+    total: dict[str, Any] = {"stage": "in all", "verb": "", "gigabytes": None}
+    lacking = []
+    for key, name in (("cpu_hours", "CPU-hours"), ("hours", "hours"), ("dollars", "dollars")):
+        total[key] = sum(row[key] for row in rows if row[key] is not None) or None
+        # A stage that waits for a server needs no processor to speak of.
+        asking = ("annotate", "generate") if key == "cpu_hours" else ()
+        missing = sum(row[key] is None and row["verb"] not in asking for row in rows)
+        if missing:
+            lacking.append(f"{name} of {missing}")
+        elif total[key] is None:
+            total[key] = 0.0
+    total["why"] = f"without the {', the '.join(lacking)} stages" if lacking else "all known"
+    return total
+
+
+def _size(
+    call: StageCall, sizes: Mapping[str, float | None], arguments: argparse.Namespace
+) -> float | None:
     """Gigabytes of text that a stage gives: declared, or those of what it reads."""
     if call.verb in _NO_TEXT:
         return 0.0
@@ -74,7 +91,19 @@ def _size(call: StageCall, sizes: Mapping[str, float | None]) -> float | None:
         return call.expect["gigabytes"]
     if "tokens" in call.expect:
         return call.expect["tokens"] * BYTES_PER_TOKEN / 1e9
-    return _read(call, sizes)
+    return _source_size(arguments) if call.verb == "ingest" else _read(call, sizes)
+
+
+def _source_size(arguments: argparse.Namespace) -> float | None:
+    """Gigabytes of the sources of an ingest stage; None where a file is not here, or compressed."""
+    try:
+        sources = [find_source(word, word, arguments.exclude) for word in arguments.sources]
+    except (ValueError, FileNotFoundError):
+        return None
+    files = [file for source in sources for file in source.files if not file.refused]
+    if any(file.kind != "python" and not file.path.endswith(".jsonl") for file in files):
+        return None
+    return sum(file.size for file in files) / 1e9
 
 
 def _read(call: StageCall, sizes: Mapping[str, float | None]) -> float | None:
@@ -141,7 +170,9 @@ def _asked(call: StageCall, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]], workers: int) -> str:
     def number(value: float | None) -> str:
-        return "n/a" if value is None else f"{value:,.2f}"
+        if value is None:
+            return "n/a"
+        return f"{value:.1g}" if 0 < value < 0.1 else f"{value:,.2f}"
 
     width = max(len(row["stage"]) for row in rows)
     names = ("stage", "verb", "GB", "CPU-hours", "hours", "dollars", f"on {workers} processors")

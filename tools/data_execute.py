@@ -1,12 +1,13 @@
 """`megaphi data execute`: run exercises in the sandbox, and keep those that work."""
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from data_pipeline.execute import ENTRY, Ran, plan_execute
+from data_pipeline.execute import COUNT_NAME, ENTRY, Ran, plan_execute
 from tools.data_stage import add_stage_parser, stage_options, stage_result
 from tools.evaluation.program_test import ProgramTest
 from tools.evaluation.sandbox import Lane, Limits, describe_isolation
@@ -54,7 +55,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         manifest, reused = run_stage(stage, work, arguments.out, options)
     result, line = stage_result(arguments, manifest, reused, started)
     isolation = describe_isolation(isolate)
-    return result | {"isolation": isolation}, f"{line} | isolation: {isolation}"
+    count = json.loads((arguments.out / COUNT_NAME).read_bytes())["exercises"]
+    result |= {"exercises": count, "isolation": isolation}
+    return result, f"{line} | {count} exercises were run | isolation: {isolation}"
 
 
 @dataclass(frozen=True)

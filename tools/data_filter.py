@@ -75,4 +75,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     if drift["verdict"] == "drift":
         line += ": unlike the training sample, label some of these records and train again"
+    if arguments.keep_tokens is not None and drift["tokens"] < arguments.keep_tokens:
+        line += f" | fewer than --keep-tokens {arguments.keep_tokens}: all are kept"
     return result, line

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools import data_execute
+from tools.data_engine import HelpFormatter
 from tools.data_llm import (
     add_server,
     consent,
@@ -34,7 +35,7 @@ def add_parser(verbs: Any) -> None:
         help=text,
         description=f"{text}. Answers are kept in a ledger: no prompt is paid for twice.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("plan", type=Path, metavar="PLAN.jsonl")
     parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="of an answer")
@@ -76,13 +77,14 @@ def _add_plan(verbs: Any) -> None:
         help=text,
         description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--kind", required=True, choices=("textbooks", "exercises"))
     parser.add_argument("--samples", type=int, required=True, metavar="N")
     parser.add_argument("--lists", type=Path, metavar="FILE", help="YAML: FIELD: [VALUE, ...]")
     parser.add_argument("--seed", type=int, default=1234, metavar="S")
     parser.add_argument("--out", required=True, type=Path, metavar="PLAN.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace another file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run_plan)
 
@@ -100,17 +102,19 @@ def run_plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if arguments.lists is not None:
         lists |= read_lists(arguments.lists, kind)
     entries = make_plan(kind, arguments.samples, lists, arguments.seed)
-    count, sha256 = write_plan(arguments.out, entries)
+    count, sha256, reused = write_plan(arguments.out, entries, overwrite=arguments.overwrite)
     sizes = {field: len(values) for field, values in lists.items()}
     result = {
         "verb": "plan-generation",
         "out": str(arguments.out),
+        "reused": reused,
         "samples": count,
         "lists": sizes,
         "sha256": sha256,
     }
     listed = " x ".join(f"{size} {field}" for field, size in sizes.items())
-    return result, f"planned {arguments.out}: {count} {arguments.kind} from {listed}"
+    did = "reused" if reused else "planned"
+    return result, f"{did} {arguments.out}: {count} {arguments.kind} from {listed}"
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -177,6 +181,8 @@ def _writing(arguments: argparse.Namespace) -> "Writing":
 
     prompts = dict(DEFAULT_PROMPTS)
     if arguments.prompt is not None:
+        if not arguments.prompt.is_file():
+            raise FileNotFoundError(f"--prompt {arguments.prompt}: no such file")
         template = arguments.prompt.read_text(encoding="utf-8")
         first = next(read_plan(arguments.plan), None)
         if first is None:

@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import Any
 
-from tools.data_engine import add_engine
+from tools.data_engine import HelpFormatter, add_engine
 from tools.data_stage import add_output, stage_options, stage_result
 
 
@@ -16,16 +16,16 @@ def add_parser(subparsers: Any) -> None:
         help=text,
         description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="directory of .py files (or, without any, of data files); .py, .jsonl, .jsonl.zst or "
-        ".parquet file; .zip, .tar, .tar.gz, .tar.xz, .tar.bz2, .tar.zst or .7z archive of such; "
-        "Posts.xml of a Stack Exchange dump, or its .7z; directory saved by `datasets`; "
-        "OWNER/NAME[:SPLIT] on the Hugging Face hub",
+        help="directory of .py files (beside which data files are rejected) or of data files; .py, "
+        ".jsonl, .jsonl.zst or .parquet file; .zip, .tar, .tar.gz, .tar.xz, .tar.bz2, .tar.zst or "
+        ".7z archive of such; Posts.xml of a Stack Exchange dump, or its .7z; directory saved by "
+        "`datasets`; OWNER/NAME[:SPLIT] on the Hugging Face hub",
     )
     add_output(parser, max_reject=0.5)
     parser.add_argument(
@@ -126,6 +126,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             site=arguments.site,
             max_solutions=arguments.max_solutions,
         ),
+        arguments.out,
     )
     libraries = ("pyarrow", "datasets", "zstandard", "py7zr")
     with stage_options(arguments, "ingest", libraries) as options:

@@ -48,7 +48,10 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="YAML: MODEL: {input: USD, output: USD, batch: FACTOR}; the factor is the Batch API's",
     )
     money.add_argument(
-        "--max-cost", type=float, metavar="USD", help="hard cap on all that the ledger records"
+        "--max-cost",
+        type=float,
+        metavar="USD",
+        help="hard cap on all that the ledger records; a server that is not this machine needs one",
     )
     money.add_argument("--yes", action="store_true", help="spend without asking")
     money.add_argument(
@@ -232,7 +235,7 @@ def open_ledger(arguments: argparse.Namespace, servers: "list[Server]") -> "Iter
     """The ledger of the command line, with the cost cap; closed at the end.
 
     Raises:
-        ValueError: the cap is not a sum of money.
+        ValueError: the cap is not a sum of money, or missing where the server is elsewhere.
         RunError: the ledger is in use or damaged, or holds batches that this run would not collect.
     """
     from data_pipeline.llm.ledger import Ledger
@@ -240,6 +243,12 @@ def open_ledger(arguments: argparse.Namespace, servers: "list[Server]") -> "Iter
     cap = arguments.max_cost
     if cap is not None and not 0 <= cap <= 1e9:
         raise ValueError(f"--max-cost {cap}: must be a sum in dollars, 0 or more")
+    elsewhere = [server.base.host for server in servers if not server.base.loopback]
+    if cap is None and elsewhere and not arguments.estimate:
+        raise ValueError(
+            f"{elsewhere[0]}: is asked only with --max-cost USD, the most that may be spent; "
+            "--estimate says what it can cost"
+        )
     out: Path = arguments.out
     path = arguments.ledger or out.with_name(out.name + ".ledger.jsonl")
     ledger = Ledger(path, None if cap is None else int(cap * 1e9))

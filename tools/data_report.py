@@ -1,12 +1,12 @@
 """`megaphi data report`: how diverse a corpus is, how much of it repeats, what it covers."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tools.data_engine import add_engine, executor_of
+from tools.data_engine import HelpFormatter, add_engine, executor_of
+from tools.data_stage import progress
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
         help=text,
         description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS_DIR")
     parser.add_argument(
@@ -43,20 +43,13 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Raises:
         FileNotFoundError, ValueError, RunError: see `build_report`.
     """
-    from tqdm import tqdm
-
     from data_pipeline.report.build import PAGE_NAME, Corpus, build_report
 
     started = time.monotonic()
     corpora = [Corpus("corpus", arguments.records)]
     if arguments.before is not None:
         corpora = [Corpus("before", arguments.before), Corpus("after", arguments.records)]
-    with tqdm(desc="report", unit="part", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress("report", "part") as show:
         report, reused = build_report(
             corpora,
             arguments.out,

@@ -15,15 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.data_engine import ENGINES, run_verb
+from tools.data_engine import ENGINES, HelpFormatter, run_verb
 from tools.data_estimate import estimate
 from tools.data_recipe import CorpusRecipe, StageCall, read_recipe, unknown
 
 STATE_NAME = "run.json"
 # Paths that a stage makes: they need not be there when it begins.
 _MADE = ("out", "ledger")
-# Verbs that replace their small output file without asking.
-_ALWAYS_WRITTEN = ("plan-generation", "blend")
 _TABLE = "{:<{width}}  {:<15}  {:>9}  {:>12}  {:>8}  {:>8}  {}"
 
 
@@ -35,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
         help=text,
         description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     parser.add_argument("--work", type=Path, metavar="DIR", help="instead of the recipe's")
@@ -167,12 +165,7 @@ class _Runner:
         self._quiet = quiet
         self._path = recipe.work / STATE_NAME
         self._rows: list[dict[str, Any]] = []
-        self._made: dict[str, str] = {}
-        if self._path.is_file():
-            try:
-                self._made = json.loads(self._path.read_bytes())["made"]
-            except (ValueError, KeyError):
-                raise ValueError(f"{self._path}: not the state of a run; move it away") from None
+        self._made = self._read_made()
 
     def run(
         self, stages: Sequence[StageCall], commands: Mapping[str, list[str]]
@@ -199,6 +192,20 @@ class _Runner:
         result = {"verb": "run", "work": str(self._recipe.work), "stages": self._rows}
         return result, "\n" + summary(self._rows)
 
+    def _read_made(self) -> dict[str, str]:
+        """The outputs that are the recipe's, by stage.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        if not self._path.is_file():
+            return {}
+        try:
+            made: dict[str, str] = json.loads(self._path.read_bytes())["made"]
+        except (ValueError, KeyError):
+            raise ValueError(f"{self._path}: not the state of a run; move it away") from None
+        return made
+
     def _stage(self, call: StageCall, words: list[str]) -> tuple[dict[str, Any], str]:
         """Run a stage, again with `--overwrite` where what is there is ours and out of date."""
         from data_pipeline.output import OtherOutput
@@ -209,8 +216,6 @@ class _Runner:
             self._made[call.name] = self._key(call)
             self._save()
             ours = True
-        if call.verb in _ALWAYS_WRITTEN and not ours:
-            raise OtherOutput(f"{call.out}: is in the way, and no stage made it; move it")
         try:
             return run_verb(parser.parse_args(words[1:]), words)
         except OtherOutput:
@@ -236,6 +241,8 @@ class _Runner:
     def _save(self) -> None:
         from data_pipeline.output import write_json
 
+        # Another run, with --only, may have made other stages meanwhile.
+        self._made = self._read_made() | self._made
         state = {"recipe": str(self._recipe.path), "made": self._made, "stages": self._rows}
         write_json(self._path, state)
 

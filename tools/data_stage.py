@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.output import Manifest
-from tools.data_engine import add_engine, executor_of
+from tools.data_engine import HelpFormatter, add_engine, executor_of
+
+LOG_SECONDS = 30.0  # between lines of progress in a log
 
 
 def add_stage_parser(
@@ -21,7 +23,7 @@ def add_stage_parser(
         help=text,
         description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS_DIR")
     add_output(parser, max_reject=0.9)
@@ -51,20 +53,59 @@ def add_output(parser: argparse.ArgumentParser, *, max_reject: float) -> None:
 
 
 @contextmanager
-def stage_options(
-    arguments: argparse.Namespace, name: str, libraries: tuple[str, ...]
-) -> Iterator[Any]:
-    """The engine's options from the arguments, with a progress bar if stderr is a terminal."""
+def progress(what: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show how far a stage is, on stderr: a bar on a terminal, else now and then a line of a log.
+
+    Yields:
+        set(done, total); a total of None is not known. A stage that goes over its parts twice
+        begins again at a lower number.
+    """
+    if not sys.stderr.isatty():
+        yield _LogLines(what, unit).show
+        return
     from tqdm import tqdm
 
-    from data_pipeline.engine import Options
+    with tqdm(desc=what, unit=unit, file=sys.stderr) as bar:
 
-    with tqdm(desc=name, unit="part", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-
-        def show(done: int, total: int) -> None:
+        def show(done: int, total: int | None) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
+        yield show
+
+
+class _LogLines:
+    """Prints a line at most every `LOG_SECONDS`; short stages print none."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
+        self._began = self._said = time.monotonic()
+        self._first: int | None = None  # done when the count began: what a killed run had left
+        self._done = 0
+
+    def show(self, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if self._first is None or done < self._done:
+            self._began, self._first = now if self._done else self._began, done - 1
+        self._done = done
+        if now - self._said < LOG_SECONDS:
+            return
+        self._said = now
+        line = f"{self._what} {done:,}{'' if total is None else f'/{total:,}'} {self._unit}s"
+        if total is not None:
+            left = (total - done) * (now - self._began) / max(done - self._first, 1)
+            line += f" | eta {int(left) // 3600}h{int(left) % 3600 // 60:02d}m"
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stage_options(
+    arguments: argparse.Namespace, name: str, libraries: tuple[str, ...]
+) -> Iterator[Any]:
+    """The engine's options from the arguments, with progress on stderr."""
+    from data_pipeline.engine import Options
+
+    with progress(name, "part") as show:
         yield Options(
             executor=executor_of(arguments),
             max_reject=arguments.max_reject,

@@ -45,11 +45,19 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "verb": "trace",
         "where": str(arguments.where),
         "searched": searched.documents,
+        "silent": searched.silent,
         "found": len(documents),
         "tokens": tokens,
         "documents": documents,
     }
     summary = f"{arguments.where}: {len(documents)} of {searched.documents} documents"
+    if searched.silent:
+        asked = " or ".join(
+            name
+            for name, given in (("repository", arguments.repo), ("licence", arguments.license))
+            if given
+        )
+        summary += f"; {searched.silent} of them name no {asked}"
     return result, "\n".join([*map(_line, documents), summary])
 
 

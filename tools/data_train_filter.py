@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.data_engine import add_engine, cores, executor_of
+from tools.data_engine import HelpFormatter, add_engine, cores, executor_of
+from tools.data_stage import progress
 
 
 def add_parser(subparsers: Any) -> None:
@@ -16,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
         help=text,
         description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "labels", type=Path, metavar="LABELS_DIR", help="records of `megaphi data annotate`"
@@ -64,23 +65,25 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     executor = executor_of(arguments)
     started = time.monotonic()
-    trained = train_filter(
-        arguments.labels,
-        arguments.records,
-        arguments.out,
-        TrainingOptions(
-            features=arguments.features,
-            good_from=arguments.good_from,
-            test_share=arguments.test_share,
-            trees=arguments.trees,
-            min_leaf=arguments.min_leaf,
-            seed=arguments.seed,
-            max_tokens=arguments.max_tokens,
-        ),
-        workers=executor.workers if executor.name == "local" else cores(),
-        executor=executor,
-        overwrite=arguments.overwrite,
-    )
+    with progress("train-filter", "part") as show:
+        trained = train_filter(
+            arguments.labels,
+            arguments.records,
+            arguments.out,
+            TrainingOptions(
+                features=arguments.features,
+                good_from=arguments.good_from,
+                test_share=arguments.test_share,
+                trees=arguments.trees,
+                min_leaf=arguments.min_leaf,
+                seed=arguments.seed,
+                max_tokens=arguments.max_tokens,
+            ),
+            workers=executor.workers if executor.name == "local" else cores(),
+            executor=executor,
+            overwrite=arguments.overwrite,
+            on_part=show,
+        )
     report, seconds = trained.report, time.monotonic() - started
     best = report["suggested"]
     result = {

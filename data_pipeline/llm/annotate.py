@@ -183,14 +183,6 @@ def annotate(
     if finished is not None:
         return Annotated(finished, True, json.loads((out / REPORT_NAME).read_bytes()))
     annotators, traffic = asyncio.run(_ask(annotation, servers, sending, ledger, redact))
-    for annotator in annotators:
-        if annotator.canary_share < judging.min_canaries:
-            raise RunError(
-                f"{annotator.model}: judged {annotator.canary_share:.0%} of "
-                f"{len(annotator.canaries)} canaries rightly, below --min-canaries "
-                f"{judging.min_canaries:g}: it cannot do this task; the answers are kept in "
-                f"{ledger.path}"
-            )
     report = annotation_report(
         (record for _, record in annotation.records()), annotation.strata, annotators
     )
@@ -240,8 +232,10 @@ async def _ask(
     """Put all questions to all annotators, one after the other.
 
     Raises:
-        RunError: see `ask_server`, and where the cost cap ends the run.
+        RunError: see `ask_server`; the cost cap ended the run, or an annotator failed its canaries,
+            of which it is told before all is paid (`Annotator.is_hopeless`).
     """
+    enough = annotation.judging.min_canaries
     annotators, traffics = [], []
     for server in servers:
         annotator = Annotator(server.model)
@@ -265,9 +259,9 @@ async def _ask(
             progress: Progress = progress,
         ) -> bool:
             progress.done += 1
-            scored = _take(under_way.pop(number), outcome, annotator, annotation.judging.answers)
-            progress.accepted += scored
-            return True
+            question = under_way.pop(number)
+            progress.accepted += _take(question, outcome, annotator, annotation.judging.answers)
+            return question.canary is None or not annotator.is_hopeless(enough)
 
         traffic, cap = await ask_server(
             server, sending, ledger, requests(), on_outcome, redact, progress
@@ -276,6 +270,13 @@ async def _ask(
             raise RunError(
                 f"{server.model}: {progress.done} of {progress.total} documents and canaries are "
                 f"judged, then the cost cap ended the run: {cap}; raise --max-cost and run again"
+            )
+        if annotator.canary_share < enough:
+            raise RunError(
+                f"{server.model}: judged {annotator.canary_share:.0%} of "
+                f"{len(annotator.canaries)} canaries rightly, below --min-canaries {enough:g}, in "
+                f"{progress.done} of {progress.total} requests: it cannot do this task; ask "
+                f"another --model, or lower --min-canaries; the answers are kept in {ledger.path}"
             )
         annotators.append(annotator)
         traffics.append(traffic)

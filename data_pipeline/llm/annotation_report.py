@@ -1,5 +1,6 @@
 """What an annotation is worth: canaries, agreement, and labels that the text makes unlikely."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from data_pipeline.llm.agreement import (
 from data_pipeline.llm.canaries import GOOD_FROM, Canary
 from data_pipeline.llm.prompts import SCORES
 from data_pipeline.records import Json, Record
+
+FIRST_LOOK = 20  # canaries after which an annotator may be given up
 
 
 @dataclass
@@ -39,11 +42,23 @@ class Annotator:
     @property
     def canary_share(self) -> float:
         """Share of the canaries on the right side of the scale."""
-        right = sum(
+        return self._canaries_right / max(len(self.canaries), 1)
+
+    @property
+    def _canaries_right(self) -> int:
+        return sum(
             score is not None and (score >= GOOD_FROM) == canary.good
             for _, canary, score in self.canaries
         )
-        return right / max(len(self.canaries), 1)
+
+    def is_hopeless(self, min_canaries: float) -> bool:
+        """Whether it has failed canaries for more than bad luck, so that asking on is lost money.
+
+        Three standard deviations below what an annotator just good enough would have got right.
+        """
+        count = len(self.canaries)
+        luck = 3 * math.sqrt(count * min_canaries * (1 - min_canaries))
+        return count >= FIRST_LOOK and self._canaries_right + luck < count * min_canaries
 
 
 def annotation_report(

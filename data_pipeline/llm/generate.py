@@ -297,8 +297,10 @@ def generate(
         identify=lambda: inputs,
         finish=finish,
     )
-    manifest, _ = run_stage(stage, work, out, options)
-    return Generated(manifest, False, report)
+    manifest, reused = run_stage(stage, work, out, options)
+    if reused:  # an output that had been set aside for its rejects
+        report = json.loads((out / REPORT_NAME).read_bytes())
+    return Generated(manifest, reused, report)
 
 
 def _stage(writing: Writing) -> Stage:

@@ -19,8 +19,15 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.jsonl import MAX_LINE_BYTES, LineWriter, open_jsonl, read_lines
+from data_pipeline.jsonl import (
+    MAX_LINE_BYTES,
+    LineWriter,
+    file_sha256,
+    open_jsonl,
+    read_lines,
+)
 from data_pipeline.llm import plan_lists
+from data_pipeline.output import OtherOutput
 from data_pipeline.records import record_id
 from megaphi.durable import sync
 
@@ -116,7 +123,9 @@ def make_plan(
     combinations = math.prod(len(lists[field]) for field in others)
     topics, drawn = len(lists[first]), min(WORDS_DRAWN, len(lists["words"]))
     draws = math.comb(len(lists["words"]), drawn)
-    if not 0 < samples <= topics * combinations * draws:
+    if samples < 1:
+        raise ValueError(f"--samples {samples}: at least 1 is needed")
+    if samples > topics * combinations * draws:
         raise ValueError(
             f"--samples {samples}: the lists give {topics * combinations * draws} distinct "
             f"combinations, {draws} choices of {drawn} words counted in; give longer ones with "
@@ -171,17 +180,41 @@ def permuted(index: int, size: int, key: str) -> int:
             return index
 
 
-def write_plan(path: Path, entries: Iterator[Entry]) -> tuple[int, str]:
-    """Write a plan; returns the number of entries and the SHA-256 of the file."""
+def write_plan(
+    path: Path, entries: Iterator[Entry], *, overwrite: bool = False
+) -> tuple[int, str, bool]:
+    """Write a plan.
+
+    Args:
+        path: of the plan.
+        entries: of it, in order.
+        overwrite: replace a file of other content: another plan, or one edited by hand.
+
+    Returns:
+        The number of entries, the SHA-256 of the file, and whether it was there already.
+
+    Raises:
+        ValueError: something else has that name.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; name the file of the plan")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with LineWriter(partial) as writer:
         for entry in entries:
             line = {"id": entry.id, "kind": entry.kind, **entry.fields}
             writer.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
+    there = path.exists()
+    same = there and file_sha256(path) == writer.sha256
+    if there and not same and not overwrite:
+        partial.unlink()
+        raise OtherOutput(
+            f"{path}: is another file than this plan; choose another --out, or pass --overwrite "
+            "to replace it"
+        )
     partial.replace(path)
     sync(path.parent)
-    return writer.lines, writer.sha256
+    return writer.lines, writer.sha256, same
 
 
 def read_plan(path: Path) -> Iterator[Entry]:
@@ -191,6 +224,10 @@ def read_plan(path: Path) -> Iterator[Entry]:
         FileNotFoundError: there is no such file.
         ValueError: a line is no entry, or an id comes twice.
     """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such plan; make one with `megaphi data plan-generation`"
+        )
     seen: set[str] = set()
     with open_jsonl(path) as stream:
         for number, (_, line) in enumerate(read_lines(stream), start=1):

@@ -214,7 +214,7 @@ def filter_records(
             _ScoreTask(part, scored[0].shard_directory(part.index), quality_filter)
             for part in parts
         ]
-        run_shards(_score_part, tasks, scored[0], options.runner)
+        run_shards(_score_part, tasks, scored[0], options.runner, options.on_shard)
         directories = [scored[0].shard_directory(part.index) for part in parts]
         _decide(directories, place, selection, threshold, quality_filter.report["reference"])
 

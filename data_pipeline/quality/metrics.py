@@ -103,10 +103,11 @@ def drift(reference: dict[str, list[float]], scores: Scores) -> dict[str, Json]:
 
     Half a document is added to each bin, so that an empty one has a logarithm. Samples that were
     drawn from one distribution give about (bins - 1) (1 / n + 1 / m), `expected`: the verdict is
-    about what lies above it.
+    about what lies above it. Where that alone is as much as a drift, nothing can be told.
 
     Returns:
-        `psi`, `expected`, `verdict` (`stable`, `shift`, `drift`), and `bins` with the shares.
+        `psi`, `expected`, `verdict` (`stable`, `shift`, `drift`, `too few to tell`), and `bins`
+        with the shares.
     """
     edges = np.array(reference["edges"])
     before = np.array(reference["counts"], np.float64)
@@ -118,6 +119,8 @@ def drift(reference: dict[str, list[float]], scores: Scores) -> dict[str, Json]:
     psi = float(((shares[1] - shares[0]) * np.log(shares[1] / shares[0])).sum())
     above = psi - expected
     verdict = "stable" if above < PSI_SHIFT else "shift" if above < PSI_DRIFT else "drift"
+    if verdict != "drift" and expected >= PSI_DRIFT:
+        verdict = "too few to tell"
     return {
         "psi": round(psi, _DIGITS),
         "expected": round(float(expected), _DIGITS),

@@ -12,7 +12,7 @@ The output directory holds `manifest.json`, `forest.npz`, `report.json`, `report
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -155,6 +155,7 @@ def train_filter(
     workers: int = 1,
     executor: Executor | None = None,
     overwrite: bool = False,
+    on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrainedFilter:
     """Train a filter directory.
 
@@ -166,6 +167,7 @@ def train_filter(
         workers: number of processes on this machine; the output does not depend on it.
         executor: how features are computed; None for processes on this machine.
         overwrite: replace an output of other labels or options.
+        on_part: called after each part of the records with (parts done, parts in all).
 
     Raises:
         FileNotFoundError: a directory is missing.
@@ -194,7 +196,7 @@ def train_filter(
     executor = executor or LocalExecutor(workers)
     work = WorkDirectory(out.with_name(out.name + ".partial"), key, shared=executor.shared)
     try:
-        sample = _gather(labels, records, spec, options.good_from, work, executor)
+        sample = _gather(labels, records, spec, options.good_from, work, executor, on_part)
         report = _fit(sample, options, work.path, workers)
         report["labels"] = {"given": len(labels), "found": len(sample.labels)}
         write_json(work.path / REPORT_NAME, report)
@@ -232,6 +234,7 @@ def _gather(
     good_from: float,
     work: WorkDirectory,
     executor: Executor,
+    on_part: Callable[[int, int], None],
 ) -> _Sample:
     """The features of the labelled documents, in the order of the records."""
     shards: list[PartShard] = list(record_work(records).shards)
@@ -243,7 +246,7 @@ def _gather(
     scores: list[float] = []
     digests: list[bytes] = []
     sources: list[str] = []
-    results = run_shards(_features_of_part, tasks, work, executor)
+    results = run_shards(_features_of_part, tasks, work, executor, on_part)
     for task, result in zip(tasks, results, strict=True):
         features_df = np.load(task.directory / FEATURES_NAME, allow_pickle=False)
         new = []

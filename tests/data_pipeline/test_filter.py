@@ -163,6 +163,8 @@ def test_drift_is_the_population_stability_index() -> None:
     repeated = [drift(reference, draw.beta(2, 3, 400))["psi"] for _ in range(200)]
     chance = drift(reference, draw.beta(2, 3, 400))["expected"]
     assert np.mean(repeated) == pytest.approx(chance, rel=0.2)
+    # one document says nothing about a corpus
+    assert drift(reference, np.array([0.4]))["verdict"] == "too few to tell"
 
 
 def test_filter_finds_what_was_labelled(trained: Path, tmp_path: Path) -> None:

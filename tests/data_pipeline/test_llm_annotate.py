@@ -139,6 +139,25 @@ def test_an_annotator_that_is_talked_into_scores_is_refused(
     assert {wrong["canary"] for wrong in said["canaries_wrong"]} == {"injected score", "forged end"}
 
 
+def test_an_annotator_that_cannot_judge_is_given_up_before_all_is_asked(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After 20 canaries, not after the whole sample is paid; nor is the next annotator asked."""
+    out = tmp_path / "labels"
+    with ScriptedServer(lambda asked, before: Reply(completion("banana"))) as server:
+        arguments = [*annotate(records, out, models=("one", "two")), "--base-url", server.url]
+        arguments += ["--batch-documents", "2", "--in-flight", "1"]
+        assert main(arguments) == 1
+        # batch 10 begins with canaries 19 and 20
+        assert len(server.asked) == 9 * (2 + 2) + 2
+        error = capsys.readouterr().err
+        assert "one: judged 0% of 20 canaries rightly" in error
+        assert "in 38 of 120 requests" in error
+        assert main([*arguments, "--in-flight", "8"]) == 1
+        assert {asked.body["model"] for asked in server.asked} == {"one"}
+    assert not out.exists()
+
+
 def test_two_annotators_agreement_and_flags(
     records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

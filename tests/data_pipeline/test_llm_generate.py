@@ -95,6 +95,7 @@ def test_a_plan_that_exhausts_its_lists(tmp_path: Path, capsys: pytest.CaptureFi
         "topic: [a, b]\naudience: [c]\ndifficulty: [d, e, f]\nstyle: [g, h]\nwords: [i]\n"
     )
     arguments = ["data", "plan-generation", "--kind", "textbooks", "--lists", str(lists)]
+    arguments.append("--overwrite")
     out = tmp_path / "plan.jsonl"
     assert main([*arguments, "--samples", "12", "--out", str(out)]) == 0
     entries = list(read_plan(out))

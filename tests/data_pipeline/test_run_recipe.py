@@ -1,5 +1,6 @@
 """`megaphi data run`: recipes checked before anything runs, reuse, rebuilds, kills, estimates."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -11,12 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
-from megaphi.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megaphi.recipe_file import load_recipe
+from megaphi.data.indexed import IndexedDataset
+from tools import data_dedup
 from tools.cli import main
 from tools.data import make_parser
 from tools.data_estimate import MB_PER_CPU_SECOND
@@ -208,7 +208,7 @@ def test_what_is_done_is_reused_and_what_changed_is_made_anew(
     assert {row["state"] for row in first.values()} == {"made"}
     again = report_of(capsys, recipe)
     states = {name: row["state"] for name, row in again.items()}
-    assert states == dict.fromkeys(again, "reused") | {"blend": "made"}
+    assert states == dict.fromkeys(again, "reused")
     saved = json.loads((work / "run.json").read_text())["stages"]
     assert [row["stage"] for row in saved] == list(again)
     # another input: what lies downstream follows; the second token file depends on it, too
@@ -225,7 +225,7 @@ def test_what_is_done_is_reused_and_what_changed_is_made_anew(
         for name, row in report_of(capsys, recipe, "--set", "second.shuffle_seed=8").items()
     }
     made = {name for name, state in states.items() if state == "made"}
-    assert made == {"second", "both", "blend"}
+    assert made == {"second", "both"}, "the weights are the same"
 
 
 def test_outputs_that_the_recipe_did_not_make_are_never_replaced(
@@ -374,7 +374,12 @@ stages:
 """
     )
     assert main(["data", "run", str(path), "--estimate", "--workers", "10", "--json"]) == 0
-    found = {row["stage"]: row for row in json.loads(capsys.readouterr().out)["stages"]}
+    result = json.loads(capsys.readouterr().out)
+    found = {row["stage"]: row for row in result["stages"]}
+    assert result["total"]["dollars"] == pytest.approx(
+        sum(row["dollars"] for row in found.values() if row["dollars"] is not None)
+    )
+    assert "the dollars of 1 stages" in result["total"]["why"]
     rate = MB_PER_CPU_SECOND["heuristics"][0]
     assert found["clean"]["cpu_hours"] == pytest.approx(36_000 / rate / 3600)
     assert found["clean"]["hours"] == pytest.approx(3.6 / rate / 3.6)
@@ -393,78 +398,44 @@ stages:
             assert float(line.split()[-1]) == rate
 
 
-# ---- blends -------------------------------------------------------------------------------------
-
-
-def write_tokens(prefix: Path, documents: int, length: int) -> Path:
-    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
-        for number in range(documents):
-            writer.add_document(np.full(length, number, np.uint16))
-    return prefix
-
-
-def blend(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["data", "blend", *map(str, words), "--json"]) == 0, capsys.readouterr().err
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def test_weights_are_the_shares_of_the_tokens_that_are_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_not_known_is_not_counted_as_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a = write_tokens(tmp_path / "a", 100, 10)  # 1,000 tokens
-    b = write_tokens(tmp_path / "b", 50, 60)  # 3,000 tokens
-    out = tmp_path / "blend.yaml"
-    found = blend(capsys, f"{a}=3", b, "--out", out)
-    assert [s["weight"] for s in found["sources"]] == [0.5, 0.5]
-    assert found["tokens"] == 6000
-    assert yaml.safe_load(out.read_text()) == {"data": {"train": [0.5, str(a), 0.5, str(b)]}}
-    # a budget scales the epochs, not the weights
-    found = blend(capsys, f"{a}=3", b, "--tokens", 12000, "--out", out)
-    assert [s["epochs"] for s in found["sources"]] == [6.0, 2.0]
-    assert [s["weight"] for s in found["sources"]] == [0.5, 0.5]
+    """No price means no sum of dollars; the sizes of sources that are here are read."""
+
+    def estimate(*words: str) -> dict[str, Any]:
+        assert run(recipe, "--estimate", "--json", *words) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    found = estimate()
+    size = sum(path.stat().st_size for path in (tmp_path / "code").iterdir())
+    assert found["stages"][0]["gigabytes"] == pytest.approx(size / 1e9)
+    assert found["total"]["dollars"] is None
+    rates = {row["verb"]: row["cpu_hours"] for row in found["stages"]}
+    assert rates["ingest"] == pytest.approx(size / 1e6 / MB_PER_CPU_SECOND["ingest"][0] / 3600)
+    assert found["total"]["cpu_hours"] == pytest.approx(
+        sum(row["cpu_hours"] for row in found["stages"])
+    )
+    found = estimate("--set", "variables.code=gone")
+    assert [found["total"][key] for key in ("cpu_hours", "hours", "dollars")] == [None] * 3
 
 
-def test_a_share_to_validate_on_is_whole_documents_and_not_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_two_runs_of_other_stages_both_remember_what_they_made(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = write_tokens(tmp_path / "a", 100, 10), write_tokens(tmp_path / "b", 50, 60)
-    out = tmp_path / "blend.yaml"
-    found = blend(capsys, a, b, "--validation-share", 0.1, "--out", out)
-    assert [s["tokens"] for s in found["sources"]] == [900, 2700]
-    # the trainer takes the file's values, and the printed options, for the same
-    import shlex
+    """`--only` lets two processes work on a recipe; the later end must not forget the other's."""
+    assert run(recipe, "--only", "raw") == 0
+    verb = data_dedup.run
 
-    recipe = ROOT / "launch" / "recipes" / "quickstart.yaml"
-    data = load_recipe([str(recipe), *shlex.split(found["options"])]).data
-    written = yaml.safe_load(out.read_text())["data"]
-    assert data.train == written["train"] == [0.25, str(a), 0.75, str(b)]
-    assert data.split == written["split"] == "90,10,0"
+    def slow(arguments: argparse.Namespace) -> Any:
+        assert run(recipe, "--only", "second", "--set", "second.tokenizer=codegen") == 0
+        return verb(arguments)
 
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["a=x"], "must be PREFIX=EPOCHS"),
-        (["a=0"], "epochs must be above 0"),
-        (["a", "--tokens", "0"], "--tokens 0"),
-        (["a", "--validation-share", "1"], "must be between 0 and 1"),
-        (["gone"], "gone"),
-    ],
-)
-def test_blends_that_cannot_be(
-    words: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_tokens(tmp_path / "a", 5, 5)
-    assert main(["data", "blend", *words, "--out", "b.yaml"]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "b.yaml").exists()
+    monkeypatch.setattr(data_dedup, "run", slow)
+    assert run(recipe, "--only", "unique") == 0
+    made = json.loads((tmp_path / "work" / "run.json").read_text())["made"]
+    assert set(made) == {"raw", "second", "unique"}
 
 
 def test_reading_a_recipe_does_not_need_its_work_directory(recipe: Path) -> None:
