@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.threads import wait_without_spinning
+
 
 def _parser() -> argparse.ArgumentParser:
     """The options of the verb."""
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit status."""
+    wait_without_spinning()
     options = _parser().parse_args(argv)
     result = _convert(options)
     if options.json:

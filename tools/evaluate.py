@@ -10,6 +10,7 @@ on this machine or another, and draws the score over the training's tokens into 
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints
+from megaphi.checkpoint.manifest import (
+    MANIFEST_NAME,
+    CheckpointError,
+    digest_file,
+    find_checkpoints,
+)
 from megaphi.durable import write_durably
 from tools.evaluation.checkpoints import Curve, progress_of
 from tools.evaluation.completions import Sampling, complete, open_backend, read_completions
@@ -26,6 +32,8 @@ from tools.evaluation.report import read_similarity, render, summarise
 from tools.evaluation.sandbox import Lane, Limits, describe_isolation
 from tools.evaluation.store import Key, RowFile, open_directory
 from tools.evaluation.suites import Problem, Suite, load_suite
+from tools.generate import check_sampling, choose_device, tokenizer_file
+from tools.threads import wait_without_spinning
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="for the results (of a run: RUN/evaluations/SUITE)"
     )
     parser.add_argument("--similarity", type=Path, metavar="FILE.json", help="split the score")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 10, 100], metavar="K")
+    parser.add_argument(
+        "--k",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="default: of 1, 10 and 100 what --samples allows",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     sampling = parser.add_argument_group("generation")
     sampling.add_argument("--samples", type=int, default=1, metavar="N", help="a problem")
@@ -70,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--every-steps", type=int, default=1, metavar="N", help="only steps N divides")
     run.add_argument("--poll-seconds", type=float, default=30.0, metavar="S")
+    run.add_argument(
+        "--patience-seconds", type=float, default=3600.0, metavar="S",
+        help="give up following when nothing changes in the run for so long (default: an hour)",
+    )  # fmt: skip
     programs = parser.add_argument_group("running programs")
     programs.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
     programs.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS")
@@ -89,6 +107,7 @@ _POSITIVE = (
     "memory_mib",
     "every_steps",
     "poll_seconds",
+    "patience_seconds",
 )
 
 
@@ -118,6 +137,7 @@ class _Job:
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit status."""
+    wait_without_spinning()
     options = _parser().parse_args(argv)
     job = _check(options)
     # before hours of generation: can programs be run at all?
@@ -156,10 +176,15 @@ def _check(options: argparse.Namespace) -> _Job:
     if options.out is None and not options.all_checkpoints:
         raise ValueError("--out DIR is needed, a directory for the results")
     for name in _POSITIVE:
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
-    if min(options.k) < 1:
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, and no infinity")
+    check_sampling(options.temperature, options.top_p)
+    if options.k is None:
+        options.k = [1, 10, 100]
+    elif min(options.k) < 1:
         raise ValueError("--k must be above 0")
+    elif options.model is not None and max(options.k) > options.samples:
+        raise ValueError(f"--k {max(options.k)} needs as many --samples, not {options.samples}")
     if options.samples > 1 and options.temperature == 0:
         raise ValueError(
             f"--samples {options.samples} at temperature 0 are all the same; give --temperature 0.8"
@@ -203,16 +228,18 @@ def _evaluate_given(job: _Job) -> dict[str, Any]:
         rows = list(read_completions(options.completions, job.suite))
         digest = hashlib.sha256(options.completions.read_bytes()).hexdigest()
         subject = {"model": str(options.completions), "completions_sha256": digest}
+        _require_all(job, rows, subject)
     with open_directory(options.out, job.settings(subject)):
         return _judge(job, options.out, rows, subject)
 
 
 def _evaluate_model(job: _Job, source: Path, out: Path) -> dict[str, Any]:
     """Generate what is missing, then score."""
-    from tools.generate import choose_device
-
     options = job.options
     device, dtype = choose_device(options.device, options.dtype)
+    tokenizer = None
+    if options.tokenizer is not None:
+        tokenizer = digest_file(tokenizer_file(options.tokenizer)).sha256
     progress = progress_of(source)
     subject = {
         "model": str(source),
@@ -221,6 +248,7 @@ def _evaluate_model(job: _Job, source: Path, out: Path) -> dict[str, Any]:
         "samples": options.samples,
         "dtype": str(dtype).removeprefix("torch."),
         **{name: value for name, value in asdict(job.sampling).items() if name not in _HOW},
+        **({} if tokenizer is None else {"tokenizer_sha256": tokenizer}),
     }
     with open_directory(out, job.settings(subject)):
         with RowFile(out / "completions.jsonl") as file:
@@ -248,18 +276,23 @@ def _identity(source: Path) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def _require_all(job: _Job, rows: Iterable[Mapping[str, Any]], subject: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if a problem has no completion."""
+    names = {problem.task_id for problem in job.suite.problems}
+    absent = names - {row["task_id"] for row in rows}
+    if absent:
+        raise ValueError(
+            f"{subject['model']}: no completion for {len(absent)} of {len(names)} problems, "
+            f"for instance {min(absent)}"
+        )
+
+
 def _judge(
     job: _Job, out: Path, completions: Iterable[Mapping[str, Any]], subject: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Run the programs that have no result yet, and write the summary."""
     problems = {problem.task_id: problem for problem in job.suite.problems}
     rows = list(completions)
-    absent = problems.keys() - {row["task_id"] for row in rows}
-    if absent:
-        raise ValueError(
-            f"{subject['model']}: no completion for {len(absent)} of {len(problems)} problems, "
-            f"for instance {min(absent)}"
-        )
     with RowFile(out / "results.jsonl") as file:
         wanted = [row for row in rows if (row["task_id"], row["sample"]) not in file.rows]
         verdicts = judge_all(
@@ -297,6 +330,8 @@ def _evaluate_run(job: _Job) -> dict[str, Any]:
     """Score every checkpoint of a run, oldest first; what has results already costs nothing."""
     options = job.options
     run_dir = Path(options.model)
+    if (run_dir / MANIFEST_NAME).exists() or (run_dir / "config.json").exists():
+        raise ValueError(f"{run_dir}: is one model; --follow and --all-checkpoints need a run")
     if not options.follow and not find_checkpoints(run_dir):
         raise ValueError(f"{run_dir}: no checkpoint in it; --all-checkpoints needs a run directory")
     curve = Curve(
@@ -306,7 +341,9 @@ def _evaluate_run(job: _Job) -> dict[str, Any]:
         evaluate=lambda checkpoint, out: _evaluate_model(job, checkpoint, out),
         every_steps=options.every_steps,
     )
-    found = curve.follow(options.poll_seconds) if options.follow else curve.score_all()
+    found = curve.score_all()
+    if options.follow:
+        found = curve.follow(options.poll_seconds, options.patience_seconds)
     summary: dict[str, Any] | None = None
     for checkpoint, summary in found:
         if not options.json:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.threads import wait_without_spinning
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,6 +78,7 @@ class _Request:
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit status."""
+    wait_without_spinning()
     options = _parser().parse_args(argv)
     requests = _requests(options)
     as_json = options.json or _is_list(options.prompt_file)
@@ -104,6 +107,7 @@ def _requests(options: argparse.Namespace) -> list[_Request]:
     Raises:
         FileNotFoundError, ValueError: an option or a line of the file is not as it must be.
     """
+    check_sampling(options.temperature, options.top_p)
     for name in ("samples", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
@@ -117,8 +121,9 @@ def _requests(options: argparse.Namespace) -> list[_Request]:
     if _is_list(options.prompt_file):
         rows = list(_read_prompts(options.prompt_file))
     elif options.prompt_file is not None:
-        text = options.prompt_file.read_text(encoding="utf-8")
-        rows = [(str(options.prompt_file), {"prompt": text})]
+        rows = [(str(options.prompt_file), {"prompt": _read_text(options.prompt_file)})]
+    for where, row in rows:
+        require_unicode(row["prompt"], f"{where}: the prompt")
     return [
         _Request(where, row, sample, _seed(options.seed, number, sample))
         for number, (where, row) in enumerate(rows)
@@ -126,8 +131,28 @@ def _requests(options: argparse.Namespace) -> list[_Request]:
     ]
 
 
+def _read_text(path: Path) -> str:
+    """The text of a file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Raise a `ValueError` for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} has the lone surrogate {text[error.start]!a} at character {error.start}, "
+            "which is no Unicode text"
+        ) from None
+
+
 def _read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file of prompts, each with where it stands."""
+    found = False
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -137,7 +162,10 @@ def _read_prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{path}: line {number} must be an object with a text "prompt"')
+        found = True
         yield f"{path}: line {number}", row
+    if not found:
+        raise ValueError(f"{path}: no prompt in it")
 
 
 def _seed(seed: int, prompt: int, sample: int) -> int:
@@ -250,6 +278,14 @@ def _stream(
     print()
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise a `ValueError` for options of sampling that are out of range."""
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"--temperature must be 0 or above, not {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}")
+
+
 def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
     """Resolve `auto`: the GPU if there is one; bf16 there and fp32 on a CPU.
 
@@ -273,19 +309,27 @@ def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]"
     return chosen, DTYPE_NAMES[dtype]
 
 
+def tokenizer_file(directory: Path) -> Path:
+    """tokenizer.json of a directory.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: no tokenizer.json; name its directory with --tokenizer DIR")
+    return path
+
+
 def load_tokenizer(tokenizer_dir: Path | None, source: Path) -> Any:
     """Load tokenizer.json; text that looks like a special token stays text.
 
     Raises:
         ValueError: there is none, or it is not readable.
     """
-    if tokenizer_dir is None or not (tokenizer_dir / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{tokenizer_dir or source}: no tokenizer.json; name its directory with --tokenizer DIR"
-        )
+    path = tokenizer_file(tokenizer_dir or source)
     import tokenizers
 
-    path = tokenizer_dir / "tokenizer.json"
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -139,3 +139,13 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
             second.contiguous().view(-1).view(torch.uint8),
         )
     )
+
+
+def overflows(original: Tensor, converted: Tensor) -> bool:
+    """Whether a cast made a finite value infinite."""
+    if torch.finfo(converted.dtype).max >= torch.finfo(original.dtype).max or not original.numel():
+        return False
+    # one pass that allocates nothing; a NaN among the values is the result of both
+    if all(bool(end.isfinite()) for end in converted.aminmax()):
+        return False
+    return bool((converted.isinf() & original.isfinite()).any())

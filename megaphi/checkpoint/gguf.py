@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from megaphi.checkpoint.files import overflows
 from megaphi.checkpoint.gguf_vocabulary import Vocabulary
 from megaphi.checkpoint.hf import exported
+from megaphi.checkpoint.large_file import LargeFile
 from megaphi.checkpoint.provenance import Provenance
 from megaphi.checkpoint.weight_files import PendingTensor
 from megaphi.checkpoint.weights import ModelWeights
@@ -91,6 +93,8 @@ def new_file(final: Path) -> Iterator[Path]:
     """
     if final.exists() or final.is_symlink():
         raise ValueError(f"{final}: already exists; name a new file")
+    if final.parent.exists() and not final.parent.is_dir():
+        raise ValueError(f"{final.parent}: is no directory")
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f"{final.name}.partial")
     with temporary.open("ab") as lock:
@@ -147,7 +151,7 @@ def encode(
         array: NDArray[np.generic] = tensor_f32.numpy()
     elif kind == types.F16:
         halves = tensor_f32.half()
-        if bool(halves.isinf().any()) and not bool(tensor_f32.isinf().any()):
+        if overflows(tensor_f32, halves):
             raise ValueError(f"{name} has values too large for F16; take --type BF16 or F32")
         array = halves.numpy()
     elif kind == types.BF16:
@@ -214,11 +218,23 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in entries:
-            writer.write_tensor_data(entry.read())
     finally:
         writer.close()
+    header = path.read_bytes()
+    with LargeFile(path, hashed=False) as file:
+        file.write(header)
+        for entry in entries:
+            _pad(file, writer.data_alignment)
+            data: Any = entry.read().reshape(-1).view(np.uint8)
+            assert data.nbytes == entry.nbytes, entry.name
+            file.write(memoryview(data))
+        _pad(file, writer.data_alignment)
     return len(entries)
+
+
+def _pad(file: LargeFile, alignment: int) -> None:
+    """Zeros up to the next multiple of `alignment`."""
+    file.write(bytes(-file.size % alignment))
 
 
 def _add_model(writer: "gguf.GGUFWriter", config: Model) -> None:

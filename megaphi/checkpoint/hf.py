@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaphi.checkpoint.files import StoredTensor, read_header, read_json_object
+from megaphi.checkpoint.files import StoredTensor, overflows, read_header, read_json_object
 from megaphi.checkpoint.hf_config import read_config
 from megaphi.checkpoint.intake import refuse_strange_entries
 from megaphi.checkpoint.weight_files import PendingTensor
@@ -146,7 +146,7 @@ def exported(
             last.clear()
             tensor = weights[name]
             converted = tensor.to(dtype)
-            if bool(converted.isinf().any()) and not bool(tensor.isinf().any()):
+            if overflows(tensor, converted):
                 raise ValueError(f"{name} has values too large for {dtype}; take bf16 or fp32")
             last[name] = dict(to_hugging_face(name, converted, config))
         tensor = last[name].pop(target)

@@ -12,12 +12,10 @@ fits; then neither its tensors are read again nor is it written again.
 """
 
 import fcntl
-import hashlib
 import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -28,8 +26,9 @@ import torch
 from torch import Tensor
 
 from megaphi.checkpoint.files import FLOAT_DTYPES, read_json_object
+from megaphi.checkpoint.large_file import LargeFile
 from megaphi.checkpoint.manifest import FileDigest, digest_file, publish
-from megaphi.durable import sync, write_durably
+from megaphi.durable import write_durably
 from megaphi.errors import RunError
 
 _STORED_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
@@ -71,8 +70,9 @@ def write_safetensors(
 ) -> FileDigest:
     """Write a safetensors file, durably; the result is byte for byte what the library writes.
 
-    The library wants all tensors in memory at once; here it is one at a time, and its bytes are
-    hashed while they are written. Wider numbers come first, which keeps every tensor aligned.
+    The library wants all tensors in memory at once; here it is one at a time, and the next one is
+    read while the last is hashed and written. Wider numbers come first, which keeps every tensor
+    aligned.
 
     Args:
         path: the file.
@@ -92,25 +92,14 @@ def write_safetensors(
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-
-        def write(block: bytes | memoryview) -> None:
-            nonlocal size
-            # hashlib and write both let go of Python's lock
-            hashed = hasher.submit(digest.update, block)
-            file.write(block)
-            hashed.result()
-            size += len(block)
-
-        write(len(text).to_bytes(8, "little") + text)
+    with LargeFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             data = tensors[name].read()
             assert tuple(data.shape) == tensors[name].shape, name
             assert data.dtype == tensors[name].dtype, name
-            write(raw_bytes(data))
-    sync(path)
-    return FileDigest(size, digest.hexdigest())
+            file.write(raw_bytes(data))
+    return file.digest
 
 
 @dataclass

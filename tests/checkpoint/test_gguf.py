@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import megaphi.checkpoint.gguf as gguf_files
 from megaphi.checkpoint.gguf import encode, new_file
 from megaphi.checkpoint.gguf_vocabulary import (
     CONTROL,
@@ -252,15 +253,16 @@ def re_names(text: str, *words: str) -> bool:
 def test_verify_notices_a_bad_write(tmp_path: Path, capsys, monkeypatch) -> None:
     """A disk that returns another byte than was written."""
     make_model(tmp_path / "model")
-    close = gguf.GGUFWriter.close
+    honest = gguf_files.write_gguf
 
-    def flip(self) -> None:
-        close(self)
-        content = bytearray(Path(self.path).read_bytes())
+    def flip(path: Path, *arguments) -> int:
+        count = honest(path, *arguments)
+        content = bytearray(path.read_bytes())
         content[-30] ^= 1
-        Path(self.path).write_bytes(content)
+        path.write_bytes(content)
+        return count
 
-    monkeypatch.setattr(gguf.GGUFWriter, "close", flip)
+    monkeypatch.setattr(gguf_files, "write_gguf", flip)
     words = ["convert", "to-gguf", str(tmp_path / "model"), str(tmp_path / "m.gguf")]
     assert main([*words, "--type", "F32", "--verify"]) == 1
     assert "output.bias was not written as it is" in capsys.readouterr().err

@@ -223,6 +223,11 @@ def test_a_follower_scores_checkpoints_as_they_appear_and_survives_its_death(
     first = (out / "step-00000005" / "completions.jsonl").read_bytes()
     assert [row["tokens"] for row in read_rows(out / "scores.jsonl")] == [5 * 8 * 32]
 
+    # it dies: nothing changes any more, and who follows it says so
+    (run_dir / "metrics.jsonl").write_text("")
+    assert main([*command, "--patience-seconds", "0.5"]) == 1
+    assert "nothing has changed in it for 0.5 s" in capsys.readouterr().err
+
     # the training goes on, removes its oldest checkpoint, and leaves a damaged one
     publish("step-00000010")
     publish("step-00000015")
@@ -255,3 +260,32 @@ def test_a_follower_may_take_some_steps_only(
     assert points_of(run_dir) == [(step * 8 * 32, 0.0) for step in (10, 15)]
     assert main([*command, "--every-steps", "0"]) == 2
     assert "--every-steps must be above 0" in capsys.readouterr().err
+
+
+def test_a_follower_ends_with_the_run_and_not_with_a_checkpoints_recipe(
+    tmp_path: Path,
+    suite: Path,
+    tokenizer_dir: Path,
+    toy_tokens: Path,
+    train_here: Callable[[list[str]], Recipe],
+    capsys: Any,
+) -> None:
+    """A run that got more steps is followed past its first end; a damaged last one is an end."""
+    run_dir = tmp_path / "run"
+    options = {"data__planned_samples": 160, "schedule__decay_steps": 20, "checkpoint__keep": 5}
+    for steps in (10, 15):
+        train_here(toy_options(toy_tokens, run_dir, train__steps=steps, **options))
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 15", "steps: 20", 1))
+    command = ["evaluate", str(run_dir), "--suite", str(suite), "--device", "cpu", "--follow"]
+    command += ["--tokenizer", str(tokenizer_dir), "--max-new-tokens", "2", "--workers", "1"]
+    command += ["--poll-seconds", "0.1", "--patience-seconds", "1"]
+    assert main(command) == 1
+    assert "nothing has changed" in capsys.readouterr().err
+    train_here(toy_options(toy_tokens, run_dir, train__steps=20, **options))
+    with (run_dir / "step-00000020" / "trainer.json").open("a") as file:
+        file.write(" ")
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "skipping a checkpoint" in captured.err
+    assert [step for step, _ in points_of(run_dir)] == [s * 8 * 32 for s in (5, 10, 15)]

@@ -5,7 +5,9 @@ checkpoints and writes beside them, so that nothing it does or suffers can reach
 it has scored is on the disk; killed and started again, it goes on with what is missing.
 """
 
+import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from megaphi.checkpoint.files import read_json_object
 from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.durable import write_durably
+from megaphi.errors import RunError
 from tools.evaluation.report import draw
 
 SCORES_NAME = "scores.jsonl"
@@ -32,19 +34,18 @@ class Progress:
     step: int
     tokens: int
     """Consumed so far."""
-    last: bool
-    """Whether the training ends here."""
 
 
 def progress_of(checkpoint: Path) -> Progress | None:
     """Where the training stood; None for weights that were converted and are from no training."""
+    from megaphi.checkpoint.files import read_json_object
+
     if not all((checkpoint / name).is_file() for name in ("trainer.json", "config.yaml")):
         return None
     state = read_json_object(checkpoint / "trainer.json")
     recipe = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
     tokens = int(state["consumed_samples"]) * int(recipe["data"]["sequence_length"])
-    step = int(state["step"])
-    return Progress(step, tokens, step >= int(recipe["train"]["steps"]))
+    return Progress(int(state["step"]), tokens)
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Curve:
                 print(f"megaphi: skipping a checkpoint: {reason}", file=sys.stderr)
                 summary = None
             self._passed_over.add(checkpoint.name)
+            self._ended = self._ended or self._is_last(checkpoint)
             if summary is not None:
                 yield checkpoint, summary
 
@@ -99,10 +101,18 @@ class Curve:
         progress = progress_of(checkpoint)
         if progress is None:
             raise CheckpointError(f"{checkpoint}: does not say on how many tokens it was trained")
-        self._ended = self._ended or progress.last
-        if progress.step % self.every_steps != 0 and not progress.last:
+        if progress.step % self.every_steps != 0 and not self._is_last(checkpoint):
             return None
         return self.evaluate(checkpoint, self.out / checkpoint.name)
+
+    def _is_last(self, checkpoint: Path) -> bool:
+        """Whether the training ends here: by the run's recipe, which may have got more steps."""
+        for folder in (self.run_dir, checkpoint):
+            if (folder / "config.yaml").is_file():
+                recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+                steps = int(recipe["train"]["steps"])
+                return int(checkpoint.name.removeprefix("step-")) >= steps
+        return False
 
     def points(self, summary: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
         """Tokens and summaries of all evaluations that were made as this one was, in order.
@@ -113,7 +123,9 @@ class Curve:
         for path in self.out.glob("step-*/summary.json"):
             other = json.loads(path.read_bytes())
             settings = json.loads((path.parent / "settings.json").read_bytes())
-            alike = all(summary[key] == other[key] for key in settings if key not in _OWN_KEYS)
+            alike = all(
+                summary.get(key) == value for key, value in settings.items() if key not in _OWN_KEYS
+            )
             if alike and other["training_tokens"] is not None:
                 found.append((other["training_tokens"], other))
         return sorted(found, key=lambda point: point[0])
@@ -128,13 +140,54 @@ class Curve:
             draw(self.run_dir, self.suite_name, points)
         return scores
 
-    def follow(self, poll_seconds: float) -> Iterator[tuple[Path, dict[str, Any]]]:
+    def follow(
+        self, poll_seconds: float, patience_seconds: float = math.inf
+    ) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Evaluate checkpoints as they are published, until the training's last; see `score_all`.
 
-        A run that has no checkpoint yet, or no directory, is waited for.
+        A run that has no checkpoint yet, or no directory, is waited for, and that is said: its
+        name may be wrong. One that has begun, and in which nothing changes for `patience_seconds`,
+        is taken for dead.
+
+        Raises:
+            RunError: the run seems dead.
         """
+        said = None
+        signs, seen_alive = self._signs_of_life(), time.monotonic()
         while True:
             yield from self.score_all()
             if self._ended:
                 return
+            now = self._signs_of_life()
+            if now != signs:
+                signs, seen_alive = now, time.monotonic()
+            elif signs and time.monotonic() - seen_alive > patience_seconds:
+                raise RunError(
+                    f"{self.run_dir}: nothing has changed in it for {patience_seconds:g} s, and "
+                    "its last checkpoint is not there; when it trains again, start me again"
+                )
+            seen = max(self._passed_over, default=None)
+            waits = f"for a checkpoint after {seen}" if seen else "for its first checkpoint"
+            if said != waits:
+                missing = "" if self.run_dir.is_dir() else " (there is no such directory yet)"
+                print(
+                    f"megaphi: {self.run_dir}{missing}: waiting {waits}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                said = waits
             time.sleep(poll_seconds)
+
+    def _signs_of_life(self) -> list[tuple[str, int, int]]:
+        """Name, length and time of what a training changes while it runs.
+
+        Its lock is not tried: a training that starts just then would be refused.
+        """
+        paths = [self.run_dir / "metrics.jsonl", *self.run_dir.glob("heartbeats/*")]
+        paths += find_checkpoints(self.run_dir)
+        found = []
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((path.name, status.st_size, status.st_mtime_ns))
+        return found

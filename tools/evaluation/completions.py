@@ -196,7 +196,13 @@ class TransformersBackend:
         ValueError: `transformers` is not installed or does not load the directory.
     """
 
-    def __init__(self, source: Path, device: "torch.device", dtype: "torch.dtype") -> None:
+    def __init__(
+        self,
+        source: Path,
+        device: "torch.device",
+        dtype: "torch.dtype",
+        tokenizer_dir: Path | None = None,
+    ) -> None:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
@@ -205,7 +211,7 @@ class TransformersBackend:
             ) from None
         try:
             options = {"local_files_only": True, "trust_remote_code": False}
-            self._tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or source, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, **options
             )
@@ -290,7 +296,7 @@ def open_backend(
     if not is_checkpoint(source):
         kind = read_json_object(source / "config.json").get("model_type")
         if not str(kind).startswith(("phi", "mixformer")) or str(kind) in ("phi3", "phimoe"):
-            return TransformersBackend(source, device, dtype)
+            return TransformersBackend(source, device, dtype, tokenizer_dir)
     return PhiBackend(source, device, dtype, tokenizer_dir)
 
 

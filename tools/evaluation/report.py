@@ -109,7 +109,13 @@ def read_similarity(path: Path | None, suite: Suite) -> dict[str, dict[str, bool
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: not an object of problems")
     if "benchmarks" in content:
-        content = _of_decontamination(content["benchmarks"], suite)
+        try:
+            content = _of_decontamination(content["benchmarks"], suite)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not a report of `megaphi data decontaminate` "
+                f"({type(error).__name__}: {error})"
+            ) from None
         if not content:
             raise ValueError(f"{path}: the corpus was not compared with {suite.name}")
     if all(isinstance(value, bool) for value in content.values()):

@@ -63,7 +63,10 @@ def open_directory(directory: Path, settings: Mapping[str, Any]) -> Iterator[Non
     Raises:
         ValueError: another process works in it, or it was begun with other settings.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{error.filename}: is no directory; give another --out") from None
     with (directory / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

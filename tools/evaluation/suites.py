@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.evaluation.program_test import ProgramTest
+from tools.generate import require_unicode
 
 # Where a completion of the whole problem ends: the next statement at the left margin. HumanEval's
 # are those of Chen et al. with decorators; MBPP's those of bigcode-evaluation-harness, in whose
@@ -70,7 +71,7 @@ def load_suite(name: str, file: Path | None = None) -> Suite:
     if name == "humaneval":
         rows = _read_rows(file or _packaged_humaneval())
     elif name == "mbpp":
-        rows = [row for row in _mbpp_rows(file) if int(row[1].get("task_id", 0)) in MBPP_TEST]
+        rows = [row for row in _mbpp_rows(file) if _is_mbpp_test(*row)]
     elif file is not None:
         raise ValueError(f"--suite-file goes with --suite humaneval or mbpp, not with {name}")
     else:
@@ -145,10 +146,24 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def _is_mbpp_test(where: str, row: dict[str, Any]) -> bool:
+    """Whether a row is one of MBPP's test problems."""
+    try:
+        return int(row["task_id"]) in MBPP_TEST
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{where}: task_id must be a number of MBPP; for other problems name the file itself "
+            "with --suite"
+        ) from None
+
+
 def _problem(where: str, row: dict[str, Any]) -> Problem:
     """A row of either form."""
-    if "task_id" not in row:
-        raise ValueError(f"{where}: no key task_id")
+    if type(row.get("task_id")) not in (int, str):
+        raise ValueError(f"{where}: task_id must be a text or a number")
+    for key in ("canonical_solution", "code", "test_setup_code"):
+        if not isinstance(row.get(key), str | None):
+            raise ValueError(f"{where}: {key} must be a text")
     if "test_list" in row:
         return _mbpp_problem(where, row)
     for key in ("prompt", "entry_point", "test"):
@@ -157,6 +172,11 @@ def _problem(where: str, row: dict[str, Any]) -> Problem:
                 f"{where}: no text {key}; a row has prompt, entry_point and test (as HumanEval) "
                 "or text and test_list (as MBPP)"
             )
+    require_unicode(row["prompt"], f"{where}: prompt")
+    if not row["prompt"]:
+        raise ValueError(f"{where}: prompt is empty")
+    if not row["entry_point"].isidentifier():
+        raise ValueError(f"{where}: entry_point {row['entry_point']!r} is no name of a function")
     _check_python(where, "test", row["test"])
     return Problem(
         task_id=str(row["task_id"]),
@@ -178,6 +198,9 @@ def _mbpp_problem(where: str, row: dict[str, Any]) -> Problem:
     tests = row["test_list"]
     if not isinstance(text, str) or not _are_texts(tests):
         raise ValueError(f"{where}: text must be a text and test_list a list of texts")
+    require_unicode(text, f"{where}: text")
+    if not tests:
+        raise ValueError(f"{where}: test_list is empty, so every program would pass")
     imports = row.get("test_imports", [])
     if not _are_texts(imports):
         raise ValueError(f"{where}: test_imports must be a list of texts")
