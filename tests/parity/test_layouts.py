@@ -21,8 +21,9 @@ RECIPE = {
     "model__num_layers": 4,
     "model__num_heads": 4,
     "train__global_batch_size": 16,
-    "train__steps": 10,
-    "train__evaluation_interval": 5,
+    "train__steps": 6,
+    "train__evaluation_interval": 3,
+    "schedule__warmup_steps": 2,
     "checkpoint__interval": 100,
 }
 SCHEDULES = ("1f1b", "interleaved", "interleaved-zero-bubble", "zbv")
