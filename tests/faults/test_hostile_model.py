@@ -253,7 +253,7 @@ TOKENIZER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 _CHILD = """
-import io, json, os, resource, sys, contextlib
+import io, json, os, resource, signal, sys, contextlib
 from pathlib import Path
 import gguf, numpy, safetensors.torch, tokenizers, torch, yaml
 import megaphi.checkpoint.gguf, tools.cli, tools.convert, tools.convert_gguf, tools.convert_hf
@@ -305,8 +305,10 @@ for line in sys.stdin:
     events.clear()
     case = directory.parent
     errors = io.StringIO()
+    signal.alarm(120)  # what waits for ever, as for a pipe, ends this process
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         status = run(command, str(directory), str(case / "out"))
+    signal.alarm(0)
     case = None
     print(json.dumps([status, errors.getvalue(), events]), flush=True)
 """

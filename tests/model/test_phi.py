@@ -44,7 +44,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(phi: Phi) -> None:
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
     )
-    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
 
 
 def test_dropout_does_not_depend_on_the_cut_into_micro_batches(phi: Phi) -> None:
