@@ -149,6 +149,28 @@ def check_target(path: Path) -> None:
         raise ValueError(f"{path}: holds files that no stage made; choose another --out")
 
 
+def is_made(path: Path, sha256: str, what: str, *, overwrite: bool) -> bool:
+    """Whether a file that is to be made is there already.
+
+    Args:
+        path: of the file.
+        sha256: of the content that it will have.
+        what: names it in a message.
+        overwrite: a file of other content may be replaced.
+
+    Raises:
+        OtherOutput: it may not.
+    """
+    there = path.exists()
+    same = there and file_sha256(path) == sha256
+    if there and not same and not overwrite:
+        raise OtherOutput(
+            f"{path}: is another file than this {what}; choose another --out, or pass --overwrite "
+            "to replace it"
+        )
+    return same
+
+
 def check_part(directory: Path, part: PartFile) -> Path:
     """Return the path of a part file whose content is the one in the manifest.
 

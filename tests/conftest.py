@@ -14,12 +14,19 @@ from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
 from megaphi.trainer import Trainer
 from tests.helpers import write_toy_tokens
+from tests.layouts import Launcher, shared_launcher
 
 
 @pytest.fixture(scope="session")
 def toy_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a small token file with 512 ids."""
     return write_toy_tokens(tmp_path_factory.mktemp("tokens") / "toy")
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Launcher:
+    """Starts trainings by forking a process that has imported everything."""
+    return shared_launcher()
 
 
 @pytest.fixture

@@ -81,8 +81,8 @@ class Launcher:
 
 
 @functools.cache
-def _shared_launcher() -> Launcher:
-    """The launcher of this process's `run_training`; it ends with the process."""
+def shared_launcher() -> Launcher:
+    """The one launcher of this test process, with which it ends."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     return stack.enter_context(Launcher())
@@ -95,12 +95,12 @@ def run_training(options: list[str], processes: int = 1) -> subprocess.Completed
     """
     with tempfile.TemporaryDirectory() as folder:
         log, errors = Path(folder) / "out", Path(folder) / "err"
-        statuses = _shared_launcher().train(options, processes, log, errors=errors)
+        statuses = shared_launcher().train(options, processes, log, errors=errors)
         failed = next((status for status in statuses if status), 0)
         return subprocess.CompletedProcess(options, failed, log.read_text(), errors.read_text())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody uses, below those that the system gives to connections by itself.
 
     One of those could be taken by anybody before rank 0 listens on it.
@@ -173,7 +173,7 @@ def main() -> None:
     import megaphi.trainer  # noqa: F401  (the import is what takes long)
 
     for job in _jobs():
-        port, children = _free_port(), []
+        port, children = free_port(), []
         for rank in range(int(str(job["processes"]))):
             child = os.fork()
             if child == 0:

@@ -1,6 +1,7 @@
 """`megaphi data blend`: how often each token file is read -> the weights of a training recipe."""
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """
     import yaml
 
-    from data_pipeline.output import OtherOutput
+    from data_pipeline.output import is_made
     from megaphi.durable import write_durably
 
     split = _split(arguments.validation_share)
@@ -83,12 +84,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"# data of a training recipe: {total * scale:,.0f} training tokens in all\n"
         + yaml.safe_dump({"data": data}, sort_keys=False)
     )
-    reused = _is_there(arguments.out, text)
-    if arguments.out.exists() and not reused and not arguments.overwrite:
-        raise OtherOutput(
-            f"{arguments.out}: is another file than this blend; choose another --out, or pass "
-            "--overwrite to replace it"
-        )
+    if arguments.out.is_dir():
+        raise ValueError(f"{arguments.out}: is a directory; name the file to make")
+    sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    reused = is_made(arguments.out, sha256, "blend", overwrite=arguments.overwrite)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_durably(arguments.out, text)
     options = f"--data.train='{json.dumps(train)}'"
@@ -111,17 +110,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     did = "reused" if reused else "blended"
     head = f"{did} {arguments.out}: {total * scale:,.0f} tokens from {len(sources)} token files"
     return result, "\n".join([head, *lines, f"megaphi train RECIPE.yaml {options}"])
-
-
-def _is_there(path: Path, text: str) -> bool:
-    """Whether the file holds this text already.
-
-    Raises:
-        ValueError: it is a directory.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path}: is a directory; name the file to make")
-    return path.is_file() and path.read_bytes() == text.encode("utf-8")
 
 
 def _split(share: float | None) -> str | None:

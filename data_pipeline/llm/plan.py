@@ -22,12 +22,11 @@ import yaml
 from data_pipeline.jsonl import (
     MAX_LINE_BYTES,
     LineWriter,
-    file_sha256,
     open_jsonl,
     read_lines,
 )
 from data_pipeline.llm import plan_lists
-from data_pipeline.output import OtherOutput
+from data_pipeline.output import OtherOutput, is_made
 from data_pipeline.records import record_id
 from megaphi.durable import sync
 
@@ -204,14 +203,11 @@ def write_plan(
         for entry in entries:
             line = {"id": entry.id, "kind": entry.kind, **entry.fields}
             writer.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
-    there = path.exists()
-    same = there and file_sha256(path) == writer.sha256
-    if there and not same and not overwrite:
+    try:
+        same = is_made(path, writer.sha256, "plan", overwrite=overwrite)
+    except OtherOutput:
         partial.unlink()
-        raise OtherOutput(
-            f"{path}: is another file than this plan; choose another --out, or pass --overwrite "
-            "to replace it"
-        )
+        raise
     partial.replace(path)
     sync(path.parent)
     return writer.lines, writer.sha256, same

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data 2 x tensor 2": {"tensor": 2},
 }
 FIRST, *OTHERS = LAYOUTS
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    """Starts the trainings of this file."""
-    with Launcher() as launcher:
-        yield launcher
 
 
 def train(

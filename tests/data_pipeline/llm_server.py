@@ -6,7 +6,6 @@ import importlib.util
 import json
 import multiprocessing
 import multiprocessing.process
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
+
+from tests.layouts import free_port
 
 CHAT = "/v1/chat/completions"
 
@@ -335,9 +336,7 @@ import os; os._exit(0)
 @contextmanager
 def llama_server(model: Path) -> Iterator[str]:
     """llama.cpp's OpenAI-compatible server in a process of its own; yields the base URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-c", _LLAMA, str(model), str(port)],
         stdin=subprocess.PIPE,

@@ -1,19 +1,11 @@
 """What the tests of faults share."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 
 from tests.faults.save_trials import Saves
 from tests.layouts import Launcher
-
-
-@pytest.fixture(scope="session")
-def launcher() -> Iterator[Launcher]:
-    """Starts processes by forking one that has imported everything."""
-    with Launcher() as launcher:
-        yield launcher
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from torch import Tensor
 from megaphi.checkpoint.weights import load_model
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
+from tests.layouts import free_port
 from tools.convert_hf import export_hugging_face
 
 PROMPTS = (
@@ -43,9 +44,7 @@ START_SECONDS = 300
 @contextmanager
 def vllm_server(python: Path, model: Path, log: Path) -> Iterator[str]:
     """The base URL of vLLM's OpenAI-compatible server on loopback, once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "phi"]
     command += ["--dtype", "float32", "--enforce-eager", "--return-tokens-as-token-ids"]

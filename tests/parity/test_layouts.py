@@ -5,7 +5,6 @@ import math
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,6 @@ def layouts() -> list[tuple[int, int, int, int]]:
         and tensor in (1, 2, 4)
         and 16 % (data * micro_batches(pipeline)) == 0
     ]
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    """Starts the trainings of this file."""
-    with Launcher() as launcher:
-        yield launcher
 
 
 def train(launcher: Launcher, tokens: Path, folder: Path, processes: int, **overrides: Any) -> Path:

@@ -190,6 +190,12 @@ def points_of(run_dir: Path) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in board.Scalars("evaluation/toy/pass@1")]
 
 
+def follow(run_dir: Path, suite: Path, tokenizer_dir: Path, new_tokens: int) -> list[str]:
+    """The words of a follower."""
+    command = ["evaluate", str(run_dir), "--suite", str(suite), "--device", "cpu", "--follow"]
+    return [*command, "--tokenizer", str(tokenizer_dir), "--max-new-tokens", str(new_tokens)]
+
+
 def test_a_follower_scores_checkpoints_as_they_appear_and_survives_its_death(
     tmp_path: Path,
     suite: Path,
@@ -201,8 +207,7 @@ def test_a_follower_scores_checkpoints_as_they_appear_and_survives_its_death(
     """Started before the run has a directory, killed after the first, started again."""
     trained, run_dir = tmp_path / "trained", tmp_path / "run"
     train_here(toy_options(toy_tokens, trained, train__steps=15, checkpoint__keep=5))
-    command = ["evaluate", str(run_dir), "--suite", str(suite), "--device", "cpu", "--follow"]
-    command += ["--tokenizer", str(tokenizer_dir), "--max-new-tokens", "4", "--workers", "1"]
+    command = [*follow(run_dir, suite, tokenizer_dir, 4), "--workers", "1"]
     command += ["--poll-seconds", "0.1", "--json"]
     out = run_dir / "evaluations" / "toy"
 
@@ -254,8 +259,7 @@ def test_a_follower_may_take_some_steps_only(
 ) -> None:
     run_dir = tmp_path / "run"
     train_here(toy_options(toy_tokens, run_dir, train__steps=15, checkpoint__keep=5))
-    command = ["evaluate", str(run_dir), "--suite", str(suite), "--device", "cpu", "--follow"]
-    command += ["--tokenizer", str(tokenizer_dir), "--max-new-tokens", "2", "--every-steps", "10"]
+    command = [*follow(run_dir, suite, tokenizer_dir, 2), "--every-steps", "10"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     assert points_of(run_dir) == [(step * 8 * 32, 0.0) for step in (10, 15)]
     assert main([*command, "--every-steps", "0"]) == 2
@@ -277,8 +281,7 @@ def test_a_follower_ends_with_the_run_and_not_with_a_checkpoints_recipe(
         train_here(toy_options(toy_tokens, run_dir, train__steps=steps, **options))
     config = run_dir / "config.yaml"
     config.write_text(config.read_text().replace("steps: 15", "steps: 20", 1))
-    command = ["evaluate", str(run_dir), "--suite", str(suite), "--device", "cpu", "--follow"]
-    command += ["--tokenizer", str(tokenizer_dir), "--max-new-tokens", "2", "--workers", "1"]
+    command = [*follow(run_dir, suite, tokenizer_dir, 2), "--workers", "1"]
     command += ["--poll-seconds", "0.1", "--patience-seconds", "1"]
     assert main(command) == 1
     assert "nothing has changed" in capsys.readouterr().err

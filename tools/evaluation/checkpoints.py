@@ -80,8 +80,9 @@ class Curve:
         for checkpoint in find_checkpoints(self.run_dir)[::-1]:
             if checkpoint.name in self._passed_over:
                 continue
+            last = self._is_last(checkpoint)
             try:
-                summary = self._score(checkpoint)
+                summary = self._score(checkpoint, last)
             except (CheckpointError, FileNotFoundError) as error:
                 reason = str(error)
                 if not checkpoint.exists():
@@ -91,17 +92,17 @@ class Curve:
                 print(f"megaphi: skipping a checkpoint: {reason}", file=sys.stderr)
                 summary = None
             self._passed_over.add(checkpoint.name)
-            self._ended = self._ended or self._is_last(checkpoint)
+            self._ended = self._ended or last
             if summary is not None:
                 yield checkpoint, summary
 
-    def _score(self, checkpoint: Path) -> dict[str, Any] | None:
-        """Evaluate one, unless `every_steps` passes it over."""
+    def _score(self, checkpoint: Path, last: bool) -> dict[str, Any] | None:
+        """Evaluate one, unless `every_steps` passes it over, which the last is spared."""
         verify_checkpoint(checkpoint)
         progress = progress_of(checkpoint)
         if progress is None:
             raise CheckpointError(f"{checkpoint}: does not say on how many tokens it was trained")
-        if progress.step % self.every_steps != 0 and not self._is_last(checkpoint):
+        if progress.step % self.every_steps != 0 and not last:
             return None
         return self.evaluate(checkpoint, self.out / checkpoint.name)
 
