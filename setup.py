@@ -24,7 +24,8 @@ setup(
     package_data={
         "megaphi": ["py.typed"],
         "kernels": ["py.typed"],
-        "data_pipeline": ["heuristics.yaml", "permissive_licenses.txt"],
+        "data_pipeline.heuristics": ["heuristics.yaml"],
+        "data_pipeline.ingest": ["permissive_licenses.txt"],
     },
     # torch comes first, by hand or by the launch scripts: a plain `pip install torch` would
     # replace a tuned GPU build.

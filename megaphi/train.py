@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     stop = StopRequest()
     # torch takes seconds to import; a wrong recipe should not
     from megaphi.parallel.mesh import processes
-    from megaphi.trainer import Trainer
+    from megaphi.training.trainer import Trainer
 
     stop.check()
     with processes(recipe.parallel) as mesh:

@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from megaphi.config import Recipe
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
-from megaphi.trainer import Trainer
+from megaphi.training.trainer import Trainer
 from tests.helpers import write_toy_tokens
 from tests.layouts import Launcher, shared_launcher
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.evaluation.sandbox import Lane, Limits
+from data_pipeline.sandbox.sandbox import Lane, Limits
 
 try:
     Lane(Limits()).close()

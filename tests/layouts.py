@@ -170,7 +170,7 @@ def _jobs() -> Iterator[dict[str, object]]:
 
 def main() -> None:
     """Serve jobs until standard input ends."""
-    import megaphi.trainer  # noqa: F401  (the import is what takes long)
+    import megaphi.training.trainer  # noqa: F401  (the import is what takes long)
 
     for job in _jobs():
         port, children = free_port(), []

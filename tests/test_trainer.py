@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from kernels.ops import DropoutSeed
-from megaphi.checkpoint.manifest import find_checkpoints
+from megaphi.formats.manifest import find_checkpoints
 from megaphi.config import Model, Recipe
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
-from megaphi.engine import compile_blocks
+from megaphi.training.engine import compile_blocks
 from megaphi.metrics.logger import console_line, format_count, format_duration
 from megaphi.model.phi import Phi
 from megaphi.recipe_file import load_recipe

@@ -13,16 +13,16 @@ from megaphi import __version__
 from megaphi.errors import run_main
 
 VERBS = {
-    "data": ("tools.data", "build a corpus: ingest, train-tokenizer, tokenize, merge"),
+    "data": ("tools.data.command", "build a corpus: ingest, train-tokenizer, tokenize, merge"),
     "train": ("tools.train", "train a recipe (the same as python -m megaphi.train)"),
     "convert": ("tools.convert", "to Hugging Face directories and GGUF files, and back"),
     "generate": ("tools.generate", "complete a prompt with a trained model"),
-    "evaluate": ("tools.evaluate", "pass@k of a model or of completions, programs run isolated"),
-    "inspect": ("tools.inspect", "say what a token file, checkpoint or run is, and verify it"),
-    "plan": ("tools.plan", "memory, speed, days and GPU-hours of a recipe, and better layouts"),
-    "doctor": ("tools.doctor", "what this machine has, what a run would use of it, and why"),
-    "preflight": ("tools.preflight", "check GPUs, network and storage before the first step"),
-    "bench": ("tools.bench", "measure: data, kernels, train"),
+    "evaluate": ("tools.evaluation.command", "pass@k of a model or of completions, programs run isolated"),
+    "inspect": ("tools.inspect.command", "say what a token file, checkpoint or run is, and verify it"),
+    "plan": ("tools.planning.command", "memory, speed, days and GPU-hours of a recipe, and better layouts"),
+    "doctor": ("tools.machine.doctor", "what this machine has, what a run would use of it, and why"),
+    "preflight": ("tools.machine.preflight", "check GPUs, network and storage before the first step"),
+    "bench": ("tools.bench.command", "measure: data, kernels, train"),
 }
 
 

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
 def _convert(options: argparse.Namespace) -> dict[str, Any]:
     """Convert in the direction that was asked for."""
     if options.direction == "to-gguf":
-        from tools.convert_gguf import export_gguf
+        from megaphi.formats.export_gguf import export_gguf
 
         return export_gguf(
             options.source,
@@ -103,7 +103,7 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
             license_id=options.license,
             verify=options.verify,
         )
-    from tools.convert_hf import export_hugging_face, import_hugging_face
+    from megaphi.formats.export_hugging_face import export_hugging_face, import_hugging_face
 
     if options.direction == "from-hf":
         return import_hugging_face(options.source, options.out)

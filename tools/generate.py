@@ -178,8 +178,8 @@ def _complete(
     options: argparse.Namespace, requests: Sequence[_Request], *, as_json: bool, streams: bool
 ) -> None:
     """Generate and print."""
-    from megaphi.checkpoint.tokenizer_files import end_of_text_id, find_tokenizer
-    from megaphi.checkpoint.weights import load_source, resolve_model
+    from megaphi.formats.tokenizer_files import end_of_text_id, find_tokenizer
+    from megaphi.formats.weights import load_source, resolve_model
 
     device, dtype = choose_device(options.device, options.dtype)
     source = resolve_model(options.model)
@@ -294,7 +294,7 @@ def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]"
     """
     import torch
 
-    from megaphi.checkpoint.files import DTYPE_NAMES
+    from megaphi.formats.files import DTYPE_NAMES
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,7 @@ from data_pipeline.llm.ledger import Answer
 from data_pipeline.llm.prices import Price
 from data_pipeline.llm.secrets import Redactor
 from data_pipeline.llm.transport import OPENAI_HOST, BaseUrl
-from data_pipeline.records import Json, digest
+from data_pipeline.records.record import Json, digest
 
 TEMPLATE_TOKENS = 256  # allowed for what a server's chat template adds to a prompt
 

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
-from data_pipeline.llm.batch_journal import Member, OpenBatch, apply_batch_line
+from data_pipeline.records.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
+from data_pipeline.llm.batch.journal import Member, OpenBatch, apply_batch_line
 from data_pipeline.llm.prices import dollars
 from megaphi.errors import RunError
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from string import Template
 
 from data_pipeline.llm.completion import Request
-from data_pipeline.records import Json
+from data_pipeline.records.record import Json
 
 # The one sentence of its prompts that the paper prints (section 2.1).
 QUESTION = (

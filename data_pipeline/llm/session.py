@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from data_pipeline.llm.ask import Asker, Outcome, Policy, Traffic
-from data_pipeline.llm.batch import Batcher
-from data_pipeline.llm.batch_client import BatchClient
-from data_pipeline.llm.batch_run import Batching, BatchRunner
+from data_pipeline.llm.batch.batcher import Batcher
+from data_pipeline.llm.batch.client import BatchClient
+from data_pipeline.llm.batch.run import Batching, BatchRunner
 from data_pipeline.llm.client import Client
 from data_pipeline.llm.completion import AnswerReader, Request
 from data_pipeline.llm.ledger import Ledger

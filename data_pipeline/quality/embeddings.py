@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.jsonl import file_sha256
-from data_pipeline.records import Json
+from data_pipeline.records.jsonl import file_sha256
+from data_pipeline.records.record import Json
 from megaphi.errors import RunError
 
 BATCH_TOKENS = 8192
@@ -32,8 +32,8 @@ def model_spec(path: Path, max_tokens: int) -> dict[str, Json]:
         ValueError: it is not a model, has no tokenizer, or no safetensors files.
         CheckpointError: the checkpoint is damaged.
     """
-    from megaphi.checkpoint.tokenizer_files import find_tokenizer
-    from megaphi.checkpoint.weights import is_checkpoint, resolve_model
+    from megaphi.formats.tokenizer_files import find_tokenizer
+    from megaphi.formats.weights import is_checkpoint, resolve_model
 
     if max_tokens < 1:
         raise ValueError(f"--max-tokens {max_tokens}: at least 1 is needed")
@@ -83,7 +83,7 @@ class Embedder:
     def __init__(self, spec: dict[str, Json]) -> None:
         from tokenizers import Tokenizer
 
-        from megaphi.checkpoint.tokenizer_files import find_tokenizer
+        from megaphi.formats.tokenizer_files import find_tokenizer
 
         source = Path(spec["path"])
         if model_spec(source, spec["max_tokens"])["sha256"] != spec["sha256"]:
@@ -165,7 +165,7 @@ def _load_megaphi(source: Path) -> _Loaded:
     """(hidden states of tokens and mask, hidden size, longest context, vocabulary size)."""
     import torch
 
-    from megaphi.checkpoint.weights import load_source
+    from megaphi.formats.weights import load_source
 
     dtype = torch.float32 if _device() == "cpu" else torch.bfloat16
     loaded = load_source(source, device=_device(), dtype=dtype)

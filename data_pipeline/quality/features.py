@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipeline.quality.embeddings import Embedder, model_spec
 from data_pipeline.quality.forest import Matrix
-from data_pipeline.records import Json
+from data_pipeline.records.record import Json
 
 HASHED = "hashed"
 HASHED_VERSION = 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.jsonl import file_sha256
+from data_pipeline.records.jsonl import file_sha256
 from megaphi.durable import sync
 from megaphi.errors import RunError
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.quality.forest import Scores
-from data_pipeline.records import Json
+from data_pipeline.records.record import Json
 
 Labels = NDArray[np.int8]
 

@@ -19,12 +19,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from data_pipeline.dedup_index import text_digest
-from data_pipeline.engine import Tally
-from data_pipeline.executors import Executor, LocalExecutor, run_shards
-from data_pipeline.jsonl import file_sha256
-from data_pipeline.llm.canaries import GOOD_FROM
-from data_pipeline.output import (
+from data_pipeline.dedup.index import text_digest
+from data_pipeline.runner.stage import Tally
+from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
+from data_pipeline.records.jsonl import file_sha256
+from data_pipeline.annotation.canaries import GOOD_FROM
+from data_pipeline.runner.output import (
     MANIFEST_NAME,
     OtherOutput,
     WorkDirectory,
@@ -43,8 +43,8 @@ from data_pipeline.quality.metrics import (
     precision_recall,
     reference_bins,
 )
-from data_pipeline.record_work import PartShard, read_manifests, read_shard, record_work
-from data_pipeline.records import Json, digest
+from data_pipeline.runner.record_work import PartShard, read_manifests, read_shard, record_work
+from data_pipeline.records.record import Json, digest
 from megaphi.durable import sync
 from megaphi.errors import RunError
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dedup import find_clusters
-from data_pipeline.dedup_index import Index
-from data_pipeline.engine import Tally
-from data_pipeline.record_work import PartShard, read_shard
-from data_pipeline.records import Json
+from data_pipeline.dedup.stage import find_clusters
+from data_pipeline.dedup.index import Index
+from data_pipeline.runner.stage import Tally
+from data_pipeline.runner.record_work import PartShard, read_shard
+from data_pipeline.records.record import Json
 from data_pipeline.report.scan import CELL_SEPARATOR, COVERAGE_KEYS, INDEX_NAME
 
 LEVELS = (0.5, 0.7, 0.85, 0.95)

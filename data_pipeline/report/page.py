@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 
-from data_pipeline.records import Json
+from data_pipeline.records.record import Json
 from data_pipeline.report.plots import COLOURS, bars, lines
 
 _SCRIPT = """

@@ -18,14 +18,14 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.ast_match import functions_of, node_string, parse
-from data_pipeline.dedup_index import IndexTask, index_part
-from data_pipeline.disposable import DisposableWorker, WorkerDied
-from data_pipeline.engine import Tally
-from data_pipeline.output import finish_shard, start_shard
-from data_pipeline.record_work import PartShard, read_shard
-from data_pipeline.records import Json, Record
-from data_pipeline.shingles import U64, hash_shingles, hash_words
+from data_pipeline.similarity.ast_match import functions_of, node_string, parse
+from data_pipeline.dedup.index import IndexTask, index_part
+from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
+from data_pipeline.runner.stage import Tally
+from data_pipeline.runner.output import finish_shard, start_shard
+from data_pipeline.runner.record_work import PartShard, read_shard
+from data_pipeline.records.record import Json, Record
+from data_pipeline.similarity.shingles import U64, hash_shingles, hash_words
 
 NGRAM_WORDS = 10
 MAX_NODES = 100_000  # of a skeleton; a longer one is cut

@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megaphi.checkpoint.manifest import (
+from megaphi.formats.manifest import (
     DELETED_PATTERN,
     CheckpointError,
     FileDigest,
@@ -41,8 +41,8 @@ from megaphi.checkpoint.manifest import (
 )
 from megaphi.checkpoint.shards import write_tensors
 from megaphi.checkpoint.staging import Background, Staging
-from megaphi.checkpoint.tokenizer_files import copy_tokenizer
-from megaphi.checkpoint.weights import write_model_config
+from megaphi.formats.tokenizer_files import copy_tokenizer
+from megaphi.formats.weights import write_model_config
 from megaphi.config import Recipe
 from megaphi.durable import make_directory, sync, write_durably
 from megaphi.errors import RunError

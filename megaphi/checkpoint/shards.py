@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import SavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from megaphi.checkpoint.manifest import CheckpointError, FileDigest
+from megaphi.formats.manifest import CheckpointError, FileDigest
 from megaphi.parallel.mesh import Mesh
 
 # One safetensors file is built in memory before it is written, during half a second a GiB of which

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, remove, verify_checkpoint
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, remove, verify_checkpoint
 from megaphi.config import Train
 from megaphi.durable import write_durably
 from megaphi.errors import RunError

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaphi.checkpoint import manager, shards
-from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, verify_checkpoint
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.config import Recipe
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
-from megaphi.trainer import Trainer
+from megaphi.training.trainer import Trainer
 from tests.helpers import curve, metrics, toy_options
 
 TrainHere = Callable[[list[str]], Recipe]

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-import megaphi.checkpoint.gguf as gguf_files
-from megaphi.checkpoint.gguf import encode, new_file
-from megaphi.checkpoint.gguf_vocabulary import (
+import megaphi.formats.gguf as gguf_files
+from megaphi.formats.gguf import encode, new_file
+from megaphi.formats.gguf_vocabulary import (
     CONTROL,
     NORMAL,
     UNUSED,
     USER_DEFINED,
     read_vocabulary,
 )
-from megaphi.checkpoint.weights import write_weights_checkpoint
+from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.errors import RunError
 from megaphi.model.phi import Phi
 from tools.cli import main
-from tools.convert_hf import export_hugging_face
+from megaphi.formats.export_hugging_face import export_hugging_face
 
 gguf = pytest.importorskip("gguf", reason='needs pip install "megaphi[gguf]"')
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megaphi.checkpoint import large_file
-from megaphi.checkpoint.large_file import LargeFile
+from megaphi.formats import large_file
+from megaphi.formats.large_file import LargeFile
 
 BLOCK = 1 << 14
 

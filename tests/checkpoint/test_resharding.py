@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch.torch_version import TorchVersion
 
-from megaphi.checkpoint.manifest import find_checkpoints
-from megaphi.checkpoint.weights import CheckpointWeights, load_model
+from megaphi.formats.manifest import find_checkpoints
+from megaphi.formats.weights import CheckpointWeights, load_model
 from megaphi.generate import generate
 from tests.helpers import curve, toy_options
 from tests.layouts import Launcher

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-from megaphi.checkpoint.files import parse_size, same_bits
-from megaphi.checkpoint.manifest import CheckpointError, verify_checkpoint, write_manifest
-from megaphi.checkpoint.weight_files import write_shards
-from megaphi.checkpoint.weights import (
+from megaphi.formats.files import parse_size, same_bits
+from megaphi.formats.manifest import CheckpointError, verify_checkpoint, write_manifest
+from megaphi.formats.weight_files import write_shards
+from megaphi.formats.weights import (
     CheckpointWeights,
     load_model,
     resolve_model,
@@ -110,7 +110,7 @@ def test_shards_of_three_processes_are_assembled(tmp_path: Path) -> None:
 
 def test_weights_checkpoint_is_what_torch_reads(tmp_path: Path, monkeypatch) -> None:
     expected = {name: tensor.bfloat16() for name, tensor in random_tensors().items()}
-    monkeypatch.setattr("megaphi.checkpoint.weights._SHARD_BYTES", 2000)
+    monkeypatch.setattr("megaphi.formats.weights._SHARD_BYTES", 2000)
     directory = tmp_path / "new" / "base"
     write_weights_checkpoint(directory, CONFIG, expected.items(), None, {"origin": "test"})
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from megaphi import engine
+from megaphi.training import engine
 from megaphi.checkpoint import manager, shards
-from megaphi.checkpoint.manifest import CheckpointError
+from megaphi.formats.manifest import CheckpointError
 from megaphi.parallel.mesh import processes
 from megaphi.precision.loss_scale import LossScale
 from megaphi.recipe_file import load_recipe
-from megaphi.trainer import Trainer
+from megaphi.training.trainer import Trainer
 
 
 def with_everything(argv: list[str]) -> int:

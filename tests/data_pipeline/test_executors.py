@@ -18,19 +18,19 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.engine import Options, Stage, Work, run_stage
-from data_pipeline.executors import (
+from data_pipeline.runner.stage import Options, Stage, Work, run_stage
+from data_pipeline.runner.executors import (
     LocalExecutor,
     PlanExecutor,
     ShardsPlanned,
     SliceDone,
     SliceExecutor,
 )
-from data_pipeline.output import WorkDirectory, finish_shard, read_manifest, start_shard
+from data_pipeline.runner.output import WorkDirectory, finish_shard, read_manifest, start_shard
 from megaphi.errors import RunError
 from tests.data_pipeline import executor_shards
 from tests.data_pipeline.record_files import write_records
-from tools import data_engine
+from tools.data.command.options import executor as data_engine
 from tools.cli import main
 
 
@@ -324,7 +324,7 @@ def cluster(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_a_ray_node_killed_in_the_middle_changes_nothing(tmp_path: Path, cluster: Any) -> None:
-    from data_pipeline.executors_ray import RayExecutor
+    from data_pipeline.runner.ray_executor import RayExecutor
 
     nodes = tmp_path / "nodes"
     stage, work = executor_shards.stage(16, nodes)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.engine import Options
-from data_pipeline.output import Manifest
+from data_pipeline.runner.stage import Options
+from data_pipeline.runner.output import Manifest
 from data_pipeline.quality import features as features_module
 from data_pipeline.quality.embeddings import Embedder, model_spec
 from data_pipeline.quality.filter import Selection, filter_records, load_filter

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.engine import Options, run_stage
-from data_pipeline.ingest import IngestOptions, plan_ingest
-from data_pipeline.licenses import PERMISSIVE, FilterFiles, is_allowed, load_filters
-from data_pipeline.merge_tokens import merge_tokens
-from data_pipeline.output import Manifest
-from data_pipeline.tokenize_records import documents_path, tokenize_records
-from data_pipeline.trace import Query, Searched, trace
+from data_pipeline.runner.stage import Options, run_stage
+from data_pipeline.ingest.stage import IngestOptions, plan_ingest
+from data_pipeline.ingest.licenses import PERMISSIVE, FilterFiles, is_allowed, load_filters
+from data_pipeline.tokens.merge_tokens import merge_tokens
+from data_pipeline.runner.output import Manifest
+from data_pipeline.tokens.tokenize_records import documents_path, tokenize_records
+from data_pipeline.tokens.trace import Query, Searched, trace
 from megaphi.data.indexed import IndexedDataset
 from megaphi.errors import RunError
 from tests.data_pipeline.record_files import read
-from tools.data import main
+from tools.data.command import main
 
 ALLOWED = frozenset({"mit", "apache-2.0", "bsd-3-clause"})
 
@@ -190,7 +190,7 @@ def test_documents_are_traced_from_records_to_tokens(
     assert main(["trace", str(tmp_path / "both"), "--repo", "GONE/away", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["searched"], found["found"]) == (22, 2)
-    from data_pipeline.tokenizer import load_tokenizer
+    from data_pipeline.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("codegen")
     stream = (tmp_path / "both.bin").read_bytes()

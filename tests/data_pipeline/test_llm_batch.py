@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("openai")
 
-from data_pipeline.llm.batch_client import _Lines
+from data_pipeline.llm.batch.client import _Lines
 from data_pipeline.llm.ledger import Ledger
 from data_pipeline.llm.prices import Price, read_prices
 from tests.data_pipeline import llm_server
@@ -365,7 +365,7 @@ def test_a_batch_under_way_is_not_forgotten(
 
 
 def test_one_that_never_ends_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_pipeline.llm import batch_run
+    from data_pipeline.llm.batch.batcher import run as batch_run
 
     real = batch_run.Batching.__init__
     monkeypatch.setattr(
@@ -381,7 +381,7 @@ def test_one_that_never_ends_is_cancelled(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_lines_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.llm.batch_client.MAX_LINE_BYTES", 10)
+    monkeypatch.setattr("data_pipeline.llm.batch.client.MAX_LINE_BYTES", 10)
     text = b"one\n\n\ntwo two\nfar too long for a line\nthree\n  \nlast"
     whole = [b"one", b"two two", None, b"three", b"last"]
     for size in (1, 2, 3, 5, 9):

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("openai")
 
-from data_pipeline.llm import batch_client
-from data_pipeline.llm.batch_client import BatchClient
+from data_pipeline.llm.batch.batcher import client as batch_client
+from data_pipeline.llm.batch.client import BatchClient
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.secrets import Redactor, Secret
 from data_pipeline.llm.transport import parse_base_url

@@ -2,9 +2,9 @@
 
 import pytest
 
-from data_pipeline.llm.check import check_exercise, check_textbook, split_fences
-from data_pipeline.llm.near_duplicates import NearDuplicateGate
-from data_pipeline.text import DocumentError
+from data_pipeline.generation.check import check_exercise, check_textbook, split_fences
+from data_pipeline.generation.near_duplicates import NearDuplicateGate
+from data_pipeline.records.text import DocumentError
 
 FUNCTION = '''from math import sqrt
 

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("openai")
 
-from data_pipeline.llm.sample import read_records
+from data_pipeline.annotation.sample import read_records
 from tests.data_pipeline.llm_server import Asked, Reply, ScriptedServer, completion
 from tests.helpers import child_environment
 from tools.cli import main

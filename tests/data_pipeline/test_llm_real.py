@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.llm.sample import read_records
+from data_pipeline.annotation.sample import read_records
 from tests.data_pipeline.llm_server import llama_server, model_file
 from tools.cli import main
 

@@ -19,12 +19,12 @@ import pytest
 DRIVER = """
 import contextlib, hashlib, json, os, shutil, signal, sys
 from pathlib import Path
-import data_pipeline.engine, data_pipeline.ingest, data_pipeline.tokenize_records
+import data_pipeline.runner.stage, data_pipeline.ingest.stage, data_pipeline.tokens.tokenize_records
 import tools.cli
 with contextlib.suppress(ImportError):  # once here, and not in every child
     import awkward.contents, awkward.operations, gigatoken, tqdm
 
-data_pipeline.ingest.SHARD_BYTES = 3000
+data_pipeline.ingest.stage.SHARD_BYTES = 3000
 os.fsync = lambda handle: None  # a killed process loses nothing that it wrote; saves much time
 root, out, stride, marker = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 argv = sys.argv[5:]
@@ -117,10 +117,10 @@ def test_ingest_killed_at_every_file_operation(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records in several parts, and a small tokenizer beside them."""
-    from data_pipeline import ingest
-    from data_pipeline.engine import Options, run_stage
-    from data_pipeline.ingest import IngestOptions, plan_ingest
-    from data_pipeline.train_tokenizer import train_tokenizer
+    from data_pipeline.ingest.stage import stage as ingest
+    from data_pipeline.runner.stage import Options, run_stage
+    from data_pipeline.ingest.stage import IngestOptions, plan_ingest
+    from data_pipeline.tokens.train_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("records")
     tree = corpus(root, 20, 1000)
@@ -161,7 +161,7 @@ def is_alive(process: int) -> bool:
 def test_killed_parent_takes_its_workers_along_and_the_next_run_goes_on(tmp_path: Path) -> None:
     tree = corpus(tmp_path, 400, 40_000)
     code = (
-        "import sys, data_pipeline.ingest as i, tools.cli; i.SHARD_BYTES = 400_000\n"
+        "import sys, data_pipeline.ingest.stage as i, tools.cli; i.SHARD_BYTES = 400_000\n"
         "if __name__ == '__main__': sys.exit(tools.cli.main(sys.argv[1:]))"
     )
     script = tmp_path / "run.py"

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.engine import Options, Stage, Tally, Work, run_stage
-from data_pipeline.output import Manifest, read_manifest
-from data_pipeline.pool import run_tasks
-from data_pipeline.records import Record, Reject
+from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
+from data_pipeline.runner.output import Manifest, read_manifest
+from data_pipeline.runner.pool import run_tasks
+from data_pipeline.records.record import Record, Reject
 from megaphi.errors import RunError, TooManyRejects
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from data_pipeline import tokenize_records as module
-from data_pipeline.engine import Options, Stage, Tally, Work, run_stage
-from data_pipeline.merge_tokens import merge_tokens
-from data_pipeline.tokenize_records import documents_path, tokenize_records
-from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.train_tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from data_pipeline.tokens import tokenize_records as module
+from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
+from data_pipeline.tokens.merge_tokens import merge_tokens
+from data_pipeline.tokens.tokenize_records import documents_path, tokenize_records
+from data_pipeline.tokens.tokenizer import load_tokenizer
+from data_pipeline.tokens.train_tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from megaphi.data.indexed import IndexedDataset, token_file_paths
 from megaphi.data.sidecar import read_info, verify_info
 from megaphi.errors import RunError

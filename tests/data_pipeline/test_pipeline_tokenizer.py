@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.tokenizer import (
+from data_pipeline.tokens.tokenizer import (
     END_OF_TEXT,
     DocumentTokenizer,
     build_codegen,
@@ -91,7 +91,7 @@ def test_no_document_holds_a_special_id(tokenizer: DocumentTokenizer) -> None:
 
 def test_a_renewed_backend_gives_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [ids.tolist() for ids in PLAIN.encode_batch(list(KNOWN_IDS))]
-    monkeypatch.setattr("data_pipeline.tokenizer.RENEW_BYTES", 100)
+    monkeypatch.setattr("data_pipeline.tokens.tokenizer.RENEW_BYTES", 100)
     renewing = load_tokenizer("codegen")
     for _ in range(3):
         assert [ids.tolist() for ids in renewing.encode_batch(list(KNOWN_IDS))] == expected

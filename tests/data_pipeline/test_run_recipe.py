@@ -16,12 +16,12 @@ import pytest
 import yaml
 
 from megaphi.data.indexed import IndexedDataset
-from tools import data_dedup
+from tools.data.command.verbs import dedup as data_dedup
 from tools.cli import main
-from tools.data import make_parser
-from tools.data_estimate import MB_PER_CPU_SECOND
-from tools.data_recipe import read_recipe
-from tools.data_run import stage_parsers
+from tools.data.command import make_parser
+from tools.data.run.estimate import MB_PER_CPU_SECOND
+from tools.data.run.recipe import read_recipe
+from tools.data.run.command import stage_parsers
 
 ROOT = Path(__file__).parents[2]
 
@@ -275,9 +275,9 @@ def test_too_many_rejects_exit_with_3_and_keep_what_is_done(
 
 DRIVER = """
 import os, signal, sys, threading, time
-import data_pipeline.ingest, tools.data, tools.cli
-import data_pipeline.dedup, data_pipeline.report.build, data_pipeline.tokenize_records
-data_pipeline.ingest.SHARD_BYTES = 4000
+import data_pipeline.ingest.stage, tools.data.command, tools.cli
+import data_pipeline.dedup.stage, data_pipeline.report.build, data_pipeline.tokens.tokenize_records
+data_pipeline.ingest.stage.SHARD_BYTES = 4000
 os.fsync = lambda handle: None  # a killed process loses nothing that it wrote; saves much time
 for line in sys.stdin:
     seconds, *words = line.rstrip("\\n").split("\\t")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.secrets import PII_KINDS, count_kinds, redact, scan
+from data_pipeline.heuristics.secrets import PII_KINDS, count_kinds, redact, scan
 
 LOWER, UPPER, DIGITS = string.ascii_lowercase, string.ascii_uppercase, string.digits
 ALNUM = LOWER + UPPER + DIGITS

@@ -390,22 +390,22 @@ INSIDERS = {
     """,
     "patched codec": """
         import sys
-        values = sys.modules["tools.evaluation.plain_values"]
-        server = sys.modules["tools.evaluation.candidate"]
+        values = sys.modules["data_pipeline.sandbox.plain_values"]
+        server = sys.modules["data_pipeline.sandbox.candidate"]
         server.encode = values.encode = lambda value, refer: {"reference": 0}
         def f(n):
             return 0
     """,
     "unknown form": """
         import sys
-        server = sys.modules["tools.evaluation.candidate"]
+        server = sys.modules["data_pipeline.sandbox.candidate"]
         server.encode = lambda value, refer: {"eval": "7001"}
         def f(n):
             return 0
     """,
     "answers in advance": """
         import sys
-        server = sys.modules["tools.evaluation.candidate"]
+        server = sys.modules["data_pipeline.sandbox.candidate"]
         inner = server.send
         def send(connection, message):
             inner(connection, message)

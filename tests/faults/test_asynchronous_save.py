@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megaphi.checkpoint.manifest import find_checkpoints, verify_checkpoint
+from megaphi.formats.manifest import find_checkpoints, verify_checkpoint
 from tests.faults.test_resume import final_tensors
 from tests.helpers import curve, metrics, toy_options
 from tests.layouts import Launcher

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints
+from megaphi.formats.manifest import CheckpointError, find_checkpoints
 from megaphi.config import Recipe
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
@@ -19,7 +19,7 @@ from megaphi.metrics.logger import keep_metrics_until, last_step, metric_rows
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
 from megaphi.train import run
-from megaphi.trainer import Trainer
+from megaphi.training.trainer import Trainer
 from tests.helpers import curve, metrics, toy_options, write_toy_tokens
 from tests.layouts import Launcher
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megaphi.checkpoint import manager as manager_module
-from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, read_manifest
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, read_manifest
 from tests.faults.save_trials import BEFORE, NEW, OLD, Saves, bit_flips
 from tests.faults.small_saves import manager_of, state, trainer_state
 from tests.faults.training_trials import damage

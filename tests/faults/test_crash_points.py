@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, verify_checkpoint
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from tests.faults.file_calls import Call
 from tests.faults.save_trials import (
     BEFORE,

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from megaphi.checkpoint.drift import RECIPE_KEYS, drift_table, rule_of
-from megaphi.checkpoint.manifest import (
+from megaphi.formats.manifest import (
     MANIFEST_NAME,
     CheckpointError,
     find_checkpoints,
@@ -53,7 +53,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a token file, and a run on it that was saved at step 5."""
     from megaphi.parallel.mesh import processes
     from megaphi.recipe_file import load_recipe
-    from megaphi.trainer import Trainer
+    from megaphi.training.trainer import Trainer
 
     folder = tmp_path_factory.mktemp("saved")
     write_tokens(folder / "tokens")

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline import ingest
-from data_pipeline.tokenize_records import documents_path
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.ingest.stage import stage as ingest
+from data_pipeline.tokens.tokenize_records import documents_path
+from data_pipeline.tokens.tokenizer import load_tokenizer
 from megaphi.data.indexed import IndexedDataset
 from tests.data_pipeline.record_files import read
 from tests.data_pipeline.test_pipeline_ingest import hostile_tree
 from tests.data_pipeline.test_secrets import planted
 from tests.helpers import REPOSITORY, child_environment
-from tools.data import main
+from tools.data.command import main
 
 STAGES = ("records", "examined", "unique")
 
@@ -43,7 +43,7 @@ def chain(source: list[str], root: Path, workers: int = 1) -> Path:
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from data_pipeline import ingest
+from data_pipeline.ingest import stage as ingest
 from megaphi.metrics.memory import peak_memory
 from tests.faults.test_hostile_corpus import chain
 ingest.SHARD_BYTES = 2**20

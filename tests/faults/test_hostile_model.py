@@ -23,12 +23,12 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaphi.checkpoint.manifest import write_manifest
-from megaphi.checkpoint.weights import write_weights_checkpoint
+from megaphi.formats.manifest import write_manifest
+from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.model.phi import Phi
 from tests.helpers import REPOSITORY
-from tools.convert_hf import export_hugging_face
+from megaphi.formats.export_hugging_face import export_hugging_face
 
 CONFIG = Model(num_layers=1, hidden_size=32, num_heads=2, vocab_size=300, max_sequence_length=64)
 DEEP = "[" * 100_000
@@ -256,9 +256,9 @@ _CHILD = """
 import io, json, os, resource, signal, sys, contextlib
 from pathlib import Path
 import gguf, numpy, safetensors.torch, tokenizers, torch, yaml
-import megaphi.checkpoint.gguf, tools.cli, tools.convert, tools.convert_gguf, tools.convert_hf
+import megaphi.formats.gguf, tools.cli, tools.convert, megaphi.formats.export_gguf, megaphi.formats.export_hugging_face
 import tools.evaluation.completions, tools.generate
-from megaphi.checkpoint.weights import resolve_model
+from megaphi.formats.weights import resolve_model
 from megaphi.errors import run_main
 
 root = Path(sys.argv[1])
@@ -494,7 +494,7 @@ def test_hostile_checkpoints_are_refused(
 
 
 def test_the_hugging_face_caches_own_links_are_followed(tmp_path: Path) -> None:
-    from megaphi.checkpoint.weights import load_model
+    from megaphi.formats.weights import load_model
 
     sound = make_hf(tmp_path / "sound")
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
@@ -515,7 +515,7 @@ def test_the_hugging_face_caches_own_links_are_followed(tmp_path: Path) -> None:
 
 def test_pickles_beside_sound_weights_are_not_looked_at(tmp_path: Path) -> None:
     """As most repositories have them; only the safetensors files count."""
-    from megaphi.checkpoint.weights import load_model
+    from megaphi.formats.weights import load_model
 
     sound = make_hf(tmp_path / "sound")
     payload = pickle.dumps(Canary(tmp_path / "canary"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from megaphi.checkpoint.manifest import find_checkpoints
+from megaphi.formats.manifest import find_checkpoints
 from tests.helpers import child_environment, curve, metrics, toy_options, train_command
 from tests.layouts import Launcher
 

@@ -28,10 +28,10 @@ from tests.faults.hostile_programs import (
     TEST,
 )
 from tools.cli import main
-from tools.evaluation.executor import judge_all
-from tools.evaluation.memory_group import descendants
-from tools.evaluation.program_test import ProgramTest
-from tools.evaluation.sandbox import Lane, Limits, Verdict
+from data_pipeline.sandbox.executor import judge_all
+from data_pipeline.sandbox.memory_group import descendants
+from data_pipeline.sandbox.program_test import ProgramTest
+from data_pipeline.sandbox.sandbox import Lane, Limits, Verdict
 
 LIMITS = Limits(seconds=1.0, memory_bytes=512 << 20)
 SLACK = 60.0  # a hang, and not a busy machine

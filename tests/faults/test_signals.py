@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megaphi import train
-from megaphi.checkpoint.manifest import find_checkpoints, verify_checkpoint
+from megaphi.formats.manifest import find_checkpoints, verify_checkpoint
 from megaphi.config import Recipe
 from megaphi.errors import Preempted, RunError
 from megaphi.metrics.logger import RunLogger
@@ -131,8 +131,8 @@ def test_a_signal_before_the_trainer_is_made(
     class Asked(StopRequest):
         def __init__(self) -> None:
             super().__init__()
-            assert "megaphi.trainer" not in sys.modules
-            sys.modules["megaphi.trainer"] = Heavy()  # type: ignore[assignment]
+            assert "megaphi.training.trainer" not in sys.modules
+            sys.modules["megaphi.training.trainer"] = Heavy()  # type: ignore[assignment]
             if during == "imports":
                 os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -155,7 +155,7 @@ def test_a_signal_before_the_trainer_is_made(
     monkeypatch.setattr(train, "StopRequest", Asked)
     monkeypatch.setattr(train, "outlive_readers", lambda: None)
     monkeypatch.setitem(sys.modules, "megaphi.parallel.mesh", Heavy())
-    monkeypatch.delitem(sys.modules, "megaphi.trainer")
+    monkeypatch.delitem(sys.modules, "megaphi.training.trainer")
     try:
         with pytest.raises(Preempted, match="before step 1, nothing is lost"):
             train.run(["--train.steps=1", f"--train.run_dir={tmp_path}", "--data.train=tokens"])

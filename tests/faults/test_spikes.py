@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaphi.checkpoint.manifest import find_checkpoints, write_manifest
+from megaphi.formats.manifest import find_checkpoints, write_manifest
 from megaphi.config import Train
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.errors import RunError

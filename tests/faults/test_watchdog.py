@@ -227,7 +227,7 @@ def test_waiting_for_data_is_a_phase(
             super().enter(phase, step)
             entered.append(self._place)
 
-    monkeypatch.setattr("megaphi.trainer.Watchdog", Noted)
+    monkeypatch.setattr("megaphi.training.trainer.Watchdog", Noted)
     train_here(toy_options(toy_tokens, tmp_path / "run", train__steps=2))
     place = entered.index((2, "data"))
     phases = ["forward_backward", "data", "forward_backward"]

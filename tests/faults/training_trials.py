@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, verify_checkpoint
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from tests.faults.save_trials import Kind, Outcome
 from tests.faults.test_resume import final_tensors
 from tests.helpers import curve, toy_options

@@ -13,7 +13,7 @@ from megaphi.metrics.logger import RunLogger
 from megaphi.model.phi import num_parameters
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
-from megaphi.trainer import Trainer
+from megaphi.training.trainer import Trainer
 from tests.gpu.device import (  # noqa: F401
     DEVICE,
     DRY_RUN,

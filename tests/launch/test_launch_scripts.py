@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megaphi.checkpoint.manifest import find_checkpoints
+from megaphi.formats.manifest import find_checkpoints
 from megaphi.recipe_file import load_recipe
 from tests.helpers import (
     REPOSITORY,

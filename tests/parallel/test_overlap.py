@@ -22,11 +22,11 @@ from kernels.ops import DropoutSeed
 from megaphi.config import Model, Parallel
 from megaphi.model.linear import ADDS_UP, LinearWithFp32Gradient
 from megaphi.model.phi import Phi
-from megaphi.parallel import overlap
+from megaphi.model import column_pair as overlap
 from megaphi.parallel.axes import axes_of
 from megaphi.parallel.mesh import AXES, Mesh
-from megaphi.parallel.overlap import choose_overlap, column_pair
-from megaphi.parallel.parallelize import cut_layers, parallelize
+from megaphi.model.column_pair import choose_overlap, column_pair
+from megaphi.training.parallelize import cut_layers, parallelize
 from megaphi.parallel.tensor import TensorAxis, local
 
 CONFIG = Model(num_layers=3, hidden_size=32, num_heads=4, vocab_size=64, residual_dropout=0.1)

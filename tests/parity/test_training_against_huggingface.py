@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaphi.checkpoint.hf import to_hugging_face
+from megaphi.formats.hf import to_hugging_face
 from megaphi.config import Recipe
 from megaphi.data.loader import train_dataset
 from megaphi.model.init import initial_value

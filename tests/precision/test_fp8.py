@@ -18,7 +18,7 @@ from megaphi.model.init import initialize
 from megaphi.model.linear import Linear
 from megaphi.model.phi import Phi
 from megaphi.parallel.mesh import Mesh, processes
-from megaphi.parallel.parallelize import parallelize, release_gathered_weights, send_gradients
+from megaphi.training.parallelize import parallelize, release_gathered_weights, send_gradients
 from megaphi.precision.fp8 import (
     Fp8Linear,
     NativeFp8,

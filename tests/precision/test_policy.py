@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megaphi.config import Data, Parallel, Precision, Recipe, Train
-from megaphi.engine import Engine
+from megaphi.training.engine import Engine
 from megaphi.precision.policy import (
     DeviceFacts,
     check_pipeline,
@@ -143,7 +143,7 @@ def test_a_pipeline_is_refused_what_needs_whole_forward_passes(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, str], refused: str, instead: str
 ) -> None:
     facts = dataclasses.replace(H100, transformer_engine="2.9.0")
-    monkeypatch.setattr("megaphi.engine.facts_of", lambda device: facts)
+    monkeypatch.setattr("megaphi.training.engine.facts_of", lambda device: facts)
     recipe = Recipe(
         train=Train(run_dir="run", steps=1),
         data=Data(train="tokens"),

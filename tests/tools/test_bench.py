@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-import tools.bench
-import tools.bench_data
+import tools.bench.command
+import tools.bench.data.command
 from tools.cli import main
 
 SMALL = ["--megabytes=0.05", "--index-tokens=50000", "--blend-samples=9000", "--loader-samples=20"]
@@ -46,7 +46,7 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def without_megatron(name: str) -> str | None:
-    return None if name == "megatron-core" else tools.bench.package_version(name)
+    return None if name == "megatron-core" else tools.bench.command.package_version(name)
 
 
 def check_rows(report: dict[str, Any], groups: list[str]) -> None:
@@ -73,7 +73,7 @@ def check_rows(report: dict[str, Any], groups: list[str]) -> None:
 
 
 def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> None:
-    monkeypatch.setattr(tools.bench_data, "package_version", without_megatron)
+    monkeypatch.setattr(tools.bench.data.command, "package_version", without_megatron)
     assert main([*words, "--repeats", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "out" / "data.json").read_text())
@@ -85,7 +85,7 @@ def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> No
     missing += [
         packages[name]
         for name in ("gigatoken", "datatrove")
-        if tools.bench.package_version(name) is None
+        if tools.bench.command.package_version(name) is None
     ]
     given = [name for name in rows if "Megatron-LM" in name]
     expected = dict.fromkeys(missing, "not installed")
@@ -105,7 +105,7 @@ def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> No
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    tools.bench.package_version("megatron-core") is None, reason="megatron-core is not installed"
+    tools.bench.command.package_version("megatron-core") is None, reason="megatron-core is not installed"
 )
 def test_megatron_core_gives_the_same_results(words: list[str], capsys) -> None:
     wanted = GROUPS[-3:]
@@ -119,20 +119,20 @@ def test_megatron_core_gives_the_same_results(words: list[str], capsys) -> None:
 def test_a_peer_that_fails_does_not_stop_the_others(
     tmp_path: Path, words: list[str], monkeypatch, capsys
 ) -> None:
-    ours = tools.bench_data.Tool("ours", "blend_megaphi", ours=True)
-    broken = tools.bench_data.Tool("broken", "no_such_measure", "numpy")
-    groups = (tools.bench_data.Group("g", "samples/s", 1.0, (ours, broken)),)
+    ours = tools.bench.data.command.Tool("ours", "blend_megaphi", ours=True)
+    broken = tools.bench.data.command.Tool("broken", "no_such_measure", "numpy")
+    groups = (tools.bench.data.command.Group("g", "samples/s", 1.0, (ours, broken)),)
     request = {"blend_samples": 50}
-    entry = tools.bench_data._run_group(
+    entry = tools.bench.data.command._run_group(
         groups[0], request, tmp_path, Namespace(repeats=2, megatron_lm=None)
     )
     first, second = entry["rows"]
     assert first["amount"] == 50
     assert second["problem"] == "failed: no_such_measure: KeyError: 'no_such_measure'"
     groups = (
-        tools.bench_data.Group("g", "samples/s", 1.0, (broken.__class__("o", "none", ours=True),)),
+        tools.bench.data.command.Group("g", "samples/s", 1.0, (broken.__class__("o", "none", ours=True),)),
     )
-    monkeypatch.setattr(tools.bench_data, "GROUPS", groups)
+    monkeypatch.setattr(tools.bench.data.command, "GROUPS", groups)
     assert main(words) == 1  # ours must not fail
     assert "KeyError: 'none'" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
@@ -158,14 +158,14 @@ def test_the_commit_is_that_of_the_checkout_only(tmp_path: Path) -> None:
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    assert tools.bench.git_commit(tmp_path) is None
+    assert tools.bench.command.git_commit(tmp_path) is None
     git("init", "--quiet")
     (tmp_path / "inside").mkdir()
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "--quiet", "--message", "first")
     commit = git("rev-parse", "HEAD")
-    assert tools.bench.git_commit(tmp_path) == commit
-    assert tools.bench.git_commit(tmp_path / "inside") is None
+    assert tools.bench.command.git_commit(tmp_path) == commit
+    assert tools.bench.command.git_commit(tmp_path / "inside") is None
     (tmp_path / "file").write_text("2")
-    assert tools.bench.git_commit(tmp_path) == f"{commit}-dirty"
+    assert tools.bench.command.git_commit(tmp_path) == f"{commit}-dirty"

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import tools.bench_plot
-from tools.bench_cases import CASES, Case, Inputs, Sizes, full_sizes, small_sizes
-from tools.bench_kernels import (
+import tools.bench.plot
+from tools.bench.kernels.cases import CASES, Case, Inputs, Sizes, full_sizes, small_sizes
+from tools.bench.kernels.command import (
     changed,
     floors_ms,
     measure_case,
@@ -23,9 +23,9 @@ from tools.bench_kernels import (
     operations_without_case,
     results,
 )
-from tools.bench_kernels_table import table, verdict
-from tools.bench_timing import summarize
-from tools.bench_variants import VARIANTS
+from tools.bench.kernels.table import table, verdict
+from tools.bench.kernels.timing import summarize
+from tools.bench.kernels.variants import VARIANTS
 from tools.cli import main
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_a_wrong_result_of_ours_fails_the_call(monkeypatch, tmp_path: Path, caps
     def halved(x: Tensor, bias: Tensor) -> Tensor:
         return torch.nn.functional.gelu(x + bias, approximate="tanh") / 2
 
-    monkeypatch.setattr("tools.bench_kernels.providers_of", lambda *_: {"eager": lambda: halved})
+    monkeypatch.setattr("tools.bench.kernels.command.providers_of", lambda *_: {"eager": lambda: halved})
     words = ["bench", "kernels", "--out", str(tmp_path), "--operations", "bias_gelu"]
     assert main(words) == 1
     assert "FAILED bias_gelu: eager: wrong: relative error 0.5" in capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_bench_kernels(tmp_path: Path, capsys, monkeypatch) -> None:
         assert not (out / "kernels.png").exists()
     else:
         assert (out / "kernels.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(tools.bench_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tools.bench.plot.importlib.util, "find_spec", lambda name: None)
     words = ["bench", "kernels", "--out", str(tmp_path / "b"), "--result-name", "plain"]
     assert main([*words, "--operations", "bias_gelu", "--providers", "eager"]) == 0
     assert "no plot: matplotlib is not installed" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 from megaphi.config import Data, Recipe, Train
 from megaphi.data.indexed import IndexedDataset
 from tests.helpers import REPOSITORY
-from tools.bench_profile import (
+from tools.bench.train.profile import (
     CATEGORIES,
     Event,
     busy_time,
@@ -22,7 +22,7 @@ from tools.bench_profile import (
     host_events,
     split,
 )
-from tools.bench_train import (
+from tools.bench.train.command import (
     Configuration,
     compare,
     configurations_of,
@@ -142,7 +142,7 @@ def test_only_the_work_of_a_trace_counts() -> None:
 
 
 def options(*words: str) -> Any:
-    from tools.bench import _parser
+    from tools.bench.command import _parser
 
     return _parser().parse_args(["train", "--out", "x", *words])
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megaphi.checkpoint.hf_config import config_to_hugging_face
-from megaphi.checkpoint.weights import CheckpointWeights, write_weights_checkpoint
+from megaphi.formats.hf_config import config_to_hugging_face
+from megaphi.formats.weights import CheckpointWeights, write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.generate import generate
 from megaphi.model.phi import Phi, parameter_shapes
@@ -110,7 +110,7 @@ def test_without_a_tokenizer_the_end_is_codegens_where_it_fits(tmp_path: Path) -
     make_run(tmp_path / "run", tokenizer=False)
     assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
-    from megaphi.checkpoint.tokenizer_files import end_of_text_id
+    from megaphi.formats.tokenizer_files import end_of_text_id
 
     assert end_of_text_id(None, 51200) == 50256
 
@@ -158,7 +158,7 @@ def test_values_too_large_for_fp16_are_refused(tmp_path: Path, capsys) -> None:
 
 def test_verify_notices_a_bad_write(tmp_path: Path, capsys, monkeypatch) -> None:
     """A disk that returns another byte than was written."""
-    import megaphi.checkpoint.weight_files as weight_files
+    import megaphi.formats.weight_files as weight_files
 
     run = make_run(tmp_path / "run")
     honest = weight_files.write_safetensors
@@ -336,7 +336,7 @@ class _Canary:
 # runs the command and reports everything that could run code or reach the network
 _AUDITED = """
 import sys
-import safetensors.torch, torch, tokenizers, tools.cli, tools.convert, megaphi.checkpoint.weights
+import safetensors.torch, torch, tokenizers, tools.cli, tools.convert, megaphi.formats.weights
 events = []
 WATCHED = ("pickle.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "socket.",
            "subprocess.", "ctypes.dlopen")
@@ -379,7 +379,7 @@ def test_pickles_and_code_are_never_run(tmp_path: Path, capsys) -> None:
 
 def test_gaps_in_our_own_map_would_show() -> None:
     """Every tensor of the export is of the written configuration's shape, none is shared."""
-    from megaphi.checkpoint.hf import to_hugging_face
+    from megaphi.formats.hf import to_hugging_face
 
     names: list[str] = []
     elements = 0

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megaphi.checkpoint import weight_files
-from megaphi.checkpoint.weight_files import PendingTensor, write_safetensors
-from megaphi.checkpoint.weights import write_weights_checkpoint
+from megaphi.formats import weight_files
+from megaphi.formats.weight_files import PendingTensor, write_safetensors
+from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.model.phi import Phi
 from tests.helpers import toy_options
@@ -103,7 +103,7 @@ def test_what_is_damaged_or_of_another_model_is_not_used_again(
 def test_a_killed_import_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import megaphi.checkpoint.weights as weights
+    import megaphi.formats.weights as weights
 
     hf, out = tmp_path / "hf", tmp_path / "back"
     converted(to_hf(make_checkpoint(tmp_path / "model"), hf), capsys)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from tests.data_pipeline.record_files import read, write_records
-from tools import cli, data_dedup, data_stage
-from tools.data import make_parser
-from tools.data_run import stage_parsers
+from tools import cli
+from tools.data.command.verbs import dedup as data_dedup
+from tools.data.command.options import stage as data_stage
+from tools.data.command import make_parser
+from tools.data.run.command import stage_parsers
 
 
 def call(*arguments: object) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tools.cli import main
-from tools.doctor import package_state, tool_states
+from tools.machine.doctor import package_state, tool_states
 
 
 def test_report_as_json_agrees_with_the_machine(capsys: pytest.CaptureFixture[str]) -> None:

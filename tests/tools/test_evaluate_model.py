@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 import torch
 
-from megaphi.checkpoint.weights import load_model, write_weights_checkpoint
+from megaphi.formats.weights import load_model, write_weights_checkpoint
 from megaphi.config import Model, Recipe
 from megaphi.generate import generate
 from megaphi.model.phi import Phi

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaphi.checkpoint.weights import write_weights_checkpoint
+from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.model.phi import parameter_shapes
 from tests.helpers import write_byte_tokenizer

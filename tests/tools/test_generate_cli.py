@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 
-from megaphi.checkpoint.weights import load_model, write_weights_checkpoint
+from megaphi.formats.weights import load_model, write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.generate import generate
 from megaphi.model.phi import Phi

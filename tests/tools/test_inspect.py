@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from megaphi.checkpoint.weights import write_weights_checkpoint
+from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.data.indexed import IndexedDatasetWriter, token_file_paths
 from megaphi.data.sidecar import TokenFileInfo, write_info
@@ -133,7 +133,7 @@ def test_a_document_of_several_sequences(tmp_path: Path, capsys) -> None:
 
 
 def test_ends_are_sampled_and_deep_looks_at_all(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("tools.inspect_data._READ_TOKENS", 7)  # documents lie across blocks
+    monkeypatch.setattr("tools.inspect.data._READ_TOKENS", 7)  # documents lie across blocks
     prefix = write_tokens(tmp_path / "t", [[1, EOD]] * 2999 + [[1, 2]])
     report = inspect(capsys, prefix)
     assert report["documents_checked_for_eod"] == 1000

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import toy_options
 from tools.cli import main
-from tools.inspect_plot import read_curves
+from tools.inspect.plot import read_curves
 
 pytest.importorskip("matplotlib")
 

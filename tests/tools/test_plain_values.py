@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from tools.evaluation.plain_values import MAX_FRAME_BYTES, BadFrame, receive, send
+from data_pipeline.sandbox.plain_values import MAX_FRAME_BYTES, BadFrame, receive, send
 
 
 def test_frames_arrive_whole() -> None:

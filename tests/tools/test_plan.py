@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import megaphi.config
-import tools.plan
+import tools.planning.command
 from megaphi.config import Data, Recipe, Train
 from tests.helpers import REPOSITORY
-from tools.bench_train import Configuration
+from tools.bench.train.command import Configuration
 from tools.cli import main
 from tools.planning.devices import DEVICES
 from tools.planning.layout import Layout, Recompute
@@ -97,9 +97,9 @@ def test_what_this_version_cannot_run_is_marked(monkeypatch: pytest.MonkeyPatch)
             raise ValueError("not built")
 
     monkeypatch.setattr(megaphi.config, "Parallel", only_tensor)
-    assert tools.plan.runs_today(Layout(tensor=2, reshard_after_forward=True))
-    assert not tools.plan.runs_today(Layout(context=2))
-    assert not tools.plan.runs_today(Layout(recompute=Recompute.FULL))
+    assert tools.planning.command.runs_today(Layout(tensor=2, reshard_after_forward=True))
+    assert not tools.planning.command.runs_today(Layout(context=2))
+    assert not tools.planning.command.runs_today(Layout(recompute=Recompute.FULL))
 
 
 def test_small_models_are_bound_by_the_host(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,9 +194,9 @@ def test_measured_runs_are_compared(
     }
     (tmp_path / "train-h100.json").write_text(json.dumps(report))
     (tmp_path / "data.json").write_text(json.dumps({"machine": {}, "groups": []}))
-    monkeypatch.setattr(tools.plan, "BENCHMARKS", tmp_path)
-    assert tools.plan.measured(DEVICES["a100-80gb"]) == []
-    [found] = tools.plan.measured(DEVICES["h100"])
+    monkeypatch.setattr(tools.planning.command, "BENCHMARKS", tmp_path)
+    assert tools.planning.command.measured(DEVICES["a100-80gb"]) == []
+    [found] = tools.planning.command.measured(DEVICES["h100"])
     assert (found["tokens_per_second"], found["peak_memory_gib"]) == (50000.0, 30.0)
     # on one GPU: weights in bf16, four fp32 numbers a parameter, 4 x 2,048 tokens of activations
     assert found["predicted_memory_gib"] > (2 + 16) * 1_418_270_720 / 2**30 + 10

@@ -16,7 +16,7 @@ from megaphi.model.phi import Phi
 from megaphi.model.rotary import rotary_tables
 from megaphi.optim.adamw import AdamW, local
 from megaphi.parallel.mesh import processes
-from megaphi.parallel.parallelize import parallelize, send_gradients, sharded_modules
+from megaphi.training.parallelize import parallelize, send_gradients, sharded_modules
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 from tools.planning.layout import Job, Layout, PipelineSchedule, Recompute, problems, search
 from tools.planning.memory import (

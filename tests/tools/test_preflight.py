@@ -12,7 +12,7 @@ from megaphi.config import Precision
 from megaphi.recipe_file import load_recipe
 from tests.helpers import REPOSITORY, child_environment, toy_options
 from tools.cli import main
-from tools.preflight import (
+from tools.machine.preflight import (
     check_devices,
     check_health,
     check_same,
@@ -20,7 +20,7 @@ from tools.preflight import (
     render,
     slow_ones,
 )
-from tools.preflight_measures import checkpoint_bytes, parse_smi
+from tools.machine.preflight_measures import checkpoint_bytes, parse_smi
 
 # in the form of `nvidia-smi --query-gpu=… --format=csv,noheader,nounits`
 SMI = """\
@@ -147,7 +147,7 @@ PLANTED = """
 import json, os, sys
 from pathlib import Path
 from megaphi.recipe_file import load_recipe
-from tools.preflight import examine, joined
+from tools.machine.preflight import examine, joined
 
 base, rank = Path(sys.argv[1]), os.environ["RANK"]
 recipe = load_recipe(sys.argv[2:])

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from megaphi.checkpoint.manifest import CheckpointError, find_checkpoints, verify_checkpoint
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.durable import write_durably
 from megaphi.errors import RunError
 from tools.evaluation.report import draw
@@ -38,7 +38,7 @@ class Progress:
 
 def progress_of(checkpoint: Path) -> Progress | None:
     """Where the training stood; None for weights that were converted and are from no training."""
-    from megaphi.checkpoint.files import read_json_object
+    from megaphi.formats.files import read_json_object
 
     if not all((checkpoint / name).is_file() for name in ("trainer.json", "config.yaml")):
         return None

@@ -136,8 +136,8 @@ class PhiBackend:
         dtype: "torch.dtype",
         tokenizer_dir: Path | None,
     ) -> None:
-        from megaphi.checkpoint.tokenizer_files import end_of_text_id, find_tokenizer
-        from megaphi.checkpoint.weights import load_source
+        from megaphi.formats.tokenizer_files import end_of_text_id, find_tokenizer
+        from megaphi.formats.weights import load_source
         from tools.generate import load_tokenizer
 
         folder = tokenizer_dir or find_tokenizer(source)
@@ -290,8 +290,8 @@ def open_backend(
     Raises:
         ValueError: see the two classes.
     """
-    from megaphi.checkpoint.files import read_json_object
-    from megaphi.checkpoint.weights import is_checkpoint
+    from megaphi.formats.files import read_json_object
+    from megaphi.formats.weights import is_checkpoint
 
     if not is_checkpoint(source):
         kind = read_json_object(source / "config.json").get("model_type")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.evaluation.program_test import ProgramTest
+from data_pipeline.sandbox.program_test import ProgramTest
 from tools.generate import require_unicode
 
 # Where a completion of the whole problem ends: the next statement at the left margin. HumanEval's

@@ -9,7 +9,7 @@ the heads and e the bytes of a number:
     before and after the GELU 2 f e, the residual stream d e, LayerNorm's mean and 1/std 8
 
 Dropout masks are drawn again; only the plain definitions (`kernels.reference`) keep two in fp32.
-Weights, gradients and optimizer state follow FSDP2 as `megaphi.parallel.parallelize` sets it up.
+Weights, gradients and optimizer state follow FSDP2 as `megaphi.training.parallelize` sets it up.
 What no test here measures is marked [E], an estimate: temporaries, communication, reserve.
 """
 

@@ -1,0 +1,400 @@
+"""The first stage: raw files and rows become records, or rejects with a reason.
+
+Every document read ends in exactly one of kept and rejected. The checks, in this order:
+
+    not_regular_file  symbolic link, named pipe, device (never followed, never opened)
+    data_file         an archive or data file in a folder of .py files, which alone are read there
+    unreadable        the file cannot be read, or a compressed file ends too early
+    json              a JSONL line that is not JSON; the detail has the byte offset
+    type              a row that is not an object, or a text that is not a string
+    missing_field     a row without the text field
+    too_large         more than `max_bytes`
+    encoding          a declared PEP 263 encoding that is unknown or does not fit the bytes
+    utf8              anything else that is not strict UTF-8
+    nul, surrogate    characters that no source file holds and no tokenizer takes
+    empty, too_small  nothing but white space; fewer than `min_bytes`
+    long_word         more than 65,536 characters without white space
+    opted_out         its repository is on the opt-out list
+    license           its licence is not on the allow-list, or not known
+
+Archives, the Stack Exchange dump and programming contests have reasons of their own: see
+`archives.py`, `stackoverflow.py` and `code_contests.py`.
+
+`long_word` bounds tokenization: byte-pair encoding is slower than linear in the length of a word
+(0.8 s for 1 MB, 13 s for 4 MB), and such words are embedded data, not code.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.ingest.code_contests import COLUMNS, is_contest_row
+from data_pipeline.runner.stage import Stage, Tally, Work
+from data_pipeline.ingest.documents import (
+    TextRules,
+    archive_outcomes,
+    python_outcome,
+    row_outcome,
+)
+from data_pipeline.ingest.licenses import FilterFiles, load_filters, load_same_filters
+from data_pipeline.runner.output import write_json
+from data_pipeline.records.record import Json, Record, Reject, digest, reject_at
+from data_pipeline.ingest.rows import Span, first_row, read_rows, split_file, text_field
+from data_pipeline.ingest.sources import (
+    Source,
+    SourceFile,
+    check_outside,
+    content_sha256,
+    find_source,
+    printable,
+    read_bytes,
+)
+from data_pipeline.ingest.stackoverflow import PostOptions, TextLimits, read_posts
+from data_pipeline.records.text import LONG_WORD, DocumentError
+
+VERSION = "3"
+SHARD_BYTES = 32 * 2**20  # small files are gathered to shards of this size
+SHARD_FILES = 20_000
+DEFAULT_MAX_BYTES = 2**20  # The Stack, too, drops files above 1 MB
+NOTES = (
+    "a UTF-8 byte order mark is dropped",
+    "carriage return + line feed becomes line feed",
+)
+
+Format = Literal["auto", "stack", "code-contests", "stackoverflow"]
+FORMATS: tuple[Format, ...] = ("auto", "stack", "code-contests", "stackoverflow")
+_LABELS = {"stack": "stack", "code-contests": "code_contests", "stackoverflow": "stackoverflow"}
+_STACK_FIELDS = ("max_stars_repo_name", "repo_name")  # version 1, version 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestOptions:
+    """What the output of ingest depends on, besides its sources.
+
+    Attributes:
+        source: label of the records; None takes that of the format: `stack`, `code_contests`,
+            `stackoverflow`, else `local`.
+        format: of the sources; `auto` tells contests and Stack Exchange dumps by their content.
+        text_field: field of the text in rows; None takes the first of content, text, code.
+        min_bytes: smallest text, UTF-8 bytes.
+        max_bytes: largest text.
+        limit: stop after this many documents read, kept or not; None reads all.
+        exclude: patterns of names of files and folders that are not looked at.
+        filters: allow-list of licences and opt-out list.
+        tags: of Stack Exchange: a question is wanted that has one of these.
+        min_score: lowest score of an answer that is not the accepted one.
+        max_answers: most answers of a question.
+        site: host of the dump's site.
+        max_solutions: most solutions of a contest problem.
+    """
+
+    source: str | None = None
+    format: Format = "auto"
+    text_field: str | None = None
+    min_bytes: int = 1
+    max_bytes: int = DEFAULT_MAX_BYTES
+    limit: int | None = None
+    exclude: Sequence[str] = ()
+    filters: FilterFiles = field(default_factory=FilterFiles)
+    tags: Sequence[str] = ("python",)
+    min_score: int = 1
+    max_answers: int = 3
+    site: str = "stackoverflow.com"
+    max_solutions: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_bytes <= self.max_bytes:
+            raise ValueError(
+                f"--min-bytes {self.min_bytes} --max-bytes {self.max_bytes}: "
+                "must be 0 or more, the first not above the second"
+            )
+        for name in ("limit", "max_answers", "max_solutions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        for name in ("source", "site"):
+            value = getattr(self, name)
+            if value is not None and (not value or not value.isprintable()):
+                raise ValueError(f"--{name} {value!r}: must be printable and not empty")
+        if self.format not in FORMATS:
+            raise ValueError(f"--format {self.format}: not one of {', '.join(FORMATS)}")
+        if not self.tags:
+            raise ValueError("--tags: at least one is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One file of a source, or a piece of a large one.
+
+    Attributes:
+        source: index of the source.
+        file: the file.
+        format: how its rows are read: `text`, or one of `FORMATS`.
+        field: its text field, for rows of text.
+        span: the piece, None for the whole.
+        label: of the records.
+    """
+
+    source: int
+    file: SourceFile
+    format: str
+    field: str | None = None
+    span: Span | None = None
+    label: str
+
+    @property
+    def size(self) -> int:
+        """Bytes, as far as they say how much work it is."""
+        pieces = self.span is not None and self.file.kind == "jsonl"
+        return self.span.stop - self.span.start if self.span and pieces else self.file.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the whole of its file or the first piece."""
+        return self.span is None or self.span.start == 0
+
+
+@dataclass(frozen=True)
+class IngestShard:
+    """Consecutive files of the sources, and how they are read."""
+
+    units: list[Unit]
+    options: IngestOptions
+
+
+def plan_ingest(
+    arguments: Sequence[str], options: IngestOptions, out: Path | None = None
+) -> tuple[Stage, Work]:
+    """Find the sources and divide them into shards.
+
+    Args:
+        arguments: SOURCE arguments (`sources.find_source`), in the order of the output.
+        options: the stage's options.
+        out: the records directory to make, which must not be among what is read.
+
+    Raises:
+        FileNotFoundError: a source, or a list of licences or repositories, does not exist.
+        ValueError: a source or list cannot be used; the first row of a data file lacks the text
+            field; a source is not of the format asked for; `out` lies in a folder of data files.
+    """
+    sources = [
+        find_source(argument, name, options.exclude)
+        for argument, name in zip(arguments, _source_names(arguments), strict=True)
+    ]
+    if out is not None:
+        check_outside(sources, out)
+    units = [
+        unit
+        for index, source in enumerate(sources)
+        for file in source.files
+        for unit in _plan_file(index, file, options)
+    ]
+    filters = load_filters(options.filters.absolute())
+    config = {item.name: getattr(options, item.name) for item in fields(options)}
+    config |= {"long_word": LONG_WORD, "filters": filters.digests}
+    shards = [units] if options.limit else _divide(units)
+    first = [unit for unit in units if unit.is_first]
+    stage = Stage(name="ingest", version=VERSION, config=config, function=ingest_shard, notes=NOTES)
+    work = Work(
+        shards=[IngestShard(shard, options) for shard in shards],
+        fingerprint=[
+            [u.source, u.file.name, u.file.size, u.file.mtime_ns, u.file.refused] for u in first
+        ],
+        describe=lambda recorded: _describe(sources, [e for shard in recorded for e in shard]),
+        identify=lambda: _describe(sources, [_digest(unit, options.max_bytes) for unit in first]),
+        finish=_write_counts,
+    )
+    return stage, work
+
+
+def _write_counts(directory: Path, notes: list[list[Json]]) -> None:
+    """Put the counts of the posts of Stack Exchange dumps beside the parts."""
+    counts = [note for shard in notes for note in shard]
+    if counts:
+        write_json(directory / "posts.json", counts)
+
+
+def _source_names(arguments: Sequence[str]) -> list[str]:
+    """The last part of each argument's path, numbered where two are equal."""
+    names: list[str] = []
+    for argument in arguments:
+        base = os.path.basename(os.path.abspath(argument)) if os.path.exists(argument) else argument
+        choices = itertools.chain([base], (f"{base}~{number}" for number in itertools.count(2)))
+        names.append(next(name for name in choices if name not in names))
+    return names
+
+
+def _plan_file(index: int, file: SourceFile, options: IngestOptions) -> list[Unit]:
+    """The pieces of a file, with what its first row says about it.
+
+    Raises:
+        ValueError: it is not of the format asked for, or lacks the text field.
+    """
+    wanted = None if options.format == "auto" else options.format
+    kind, found, name = "text", None, options.text_field
+    if file.refused:
+        pass
+    elif file.kind == "posts" or (file.path.endswith(".7z") and _holds_posts(file)):
+        kind = "stackoverflow"
+    elif file.kind in ("jsonl", "parquet", "hub"):
+        found = first_row(file)
+    if found is not None:
+        kind = _row_format(found[1], options)
+        name = text_field(*found, name) if kind != "code-contests" else None
+    if wanted not in (None, kind) and (found is not None or "stackoverflow" in (wanted, kind)):
+        raise ValueError(f"{file.path}: --format {wanted}, but it looks like {kind!r}")
+    label = options.source or _LABELS.get(wanted or kind, "local")
+    return [
+        Unit(source=index, file=file, format=kind, field=name, span=span, label=label)
+        for span in split_file(file)
+    ]
+
+
+def _row_format(row: dict[str, Json], options: IngestOptions) -> str:
+    """The format of a data file by its first row: contests are told, The Stack has to be named."""
+    if is_contest_row(row) and options.text_field is None:
+        return "code-contests"
+    is_stack = options.format == "stack" and any(field in row for field in _STACK_FIELDS)
+    return "stack" if is_stack else "text"
+
+
+def _holds_posts(file: SourceFile) -> bool:
+    from data_pipeline.ingest.sevenzip import holds_posts
+
+    return holds_posts(file.path)
+
+
+def _divide(units: list[Unit]) -> list[list[Unit]]:
+    """Gather consecutive files up to `SHARD_BYTES`; a larger file is a shard of its own."""
+    shards: list[list[Unit]] = []
+    size = 0
+    for unit in units:
+        full = size + unit.size > SHARD_BYTES or (shards and len(shards[-1]) >= SHARD_FILES)
+        if not shards or full or unit.span is not None:
+            shards.append([])
+            size = 0
+        shards[-1].append(unit)
+        size += unit.size
+    return shards
+
+
+def _load(file: SourceFile, max_bytes: int) -> bytes:
+    """The bytes of a source file.
+
+    Raises:
+        DocumentError: it cannot be read or is too large.
+    """
+    try:
+        return read_bytes(file, max_bytes)
+    except OSError as error:
+        raise DocumentError("unreadable", str(error.strerror or error)) from None
+    except OverflowError:
+        raise DocumentError("too_large", f"{file.size} bytes, above {max_bytes}") from None
+
+
+def _digest(unit: Unit, max_bytes: int) -> list[Json]:
+    """What a file contributes to the identity of its source: [source, name, bytes, SHA-256].
+
+    Files that are refused unread count by their name and size.
+    """
+    file = unit.file
+    if file.refused:
+        return [unit.source, file.name, 0, ""]
+    try:
+        if file.kind == "python":
+            return _bytes_digest(unit, _load(file, max_bytes))
+        return [unit.source, file.name, file.size, content_sha256(file)]
+    except (OSError, DocumentError):
+        return [unit.source, file.name, file.size, ""]
+
+
+def _bytes_digest(unit: Unit, data: bytes) -> list[Json]:
+    return [unit.source, unit.file.name, len(data), hashlib.sha256(data).hexdigest()]
+
+
+def _describe(sources: list[Source], entries: list[list[Json]]) -> list[dict[str, Json]]:
+    """The manifest's inputs: one entry a source, its digest over the files' names and contents.
+
+    A data set on the hub is identified by its name alone.
+    """
+    described = []
+    for index, source in enumerate(sources):
+        mine = [entry[1:] for entry in entries if entry[0] == index]
+        described.append(
+            {
+                "path": printable(source.argument),
+                "files": len(mine),
+                "bytes": sum(entry[1] for entry in mine),
+                "sha256": digest(mine),
+            }
+        )
+    return described
+
+
+def ingest_shard(
+    shard: IngestShard, config: dict[str, Any], tally: Tally
+) -> Iterator[Record | Reject]:
+    """The stage function: yield a record or a reject for each document of the shard."""
+    options = shard.options
+    filters = load_same_filters(options.filters.absolute(), config["filters"])
+    for unit in shard.units:
+        for outcome in _read_unit(unit, options, tally):
+            tally.records_in += 1
+            refusal = None if isinstance(outcome, Reject) else filters.refusal(outcome)
+            if refusal is None or isinstance(outcome, Reject):
+                yield outcome
+            else:
+                where = outcome.get("repo") or outcome.get("url") or unit.file.name
+                yield Reject(outcome["id"], *refusal, where)
+            if tally.records_in == options.limit:
+                return
+
+
+def _read_unit(unit: Unit, options: IngestOptions, tally: Tally) -> Iterator[Record | Reject]:
+    file = unit.file
+    rules = TextRules(
+        source=unit.label,
+        min_bytes=options.min_bytes,
+        max_bytes=options.max_bytes,
+        max_solutions=options.max_solutions,
+    )
+    if file.kind == "python" and not file.refused:
+        yield _python_outcome(unit, rules, tally)
+        return
+    if unit.is_first:
+        tally.inputs.append(_digest(unit, options.max_bytes))
+    if file.refused:
+        yield reject_at(unit.label, file.name, file.reason, file.refused)
+    elif unit.format == "stackoverflow":
+        posts = PostOptions(
+            tags=tuple(options.tags),
+            min_score=options.min_score,
+            max_answers=options.max_answers,
+            site=options.site,
+        )
+        limits = TextLimits(min_bytes=options.min_bytes, max_bytes=options.max_bytes)
+        yield from read_posts(file, unit.label, posts, limits, tally.notes)
+    elif file.kind == "archive":
+        yield from archive_outcomes(file, options.text_field, rules)
+    else:
+        is_contest = unit.format == "code-contests"
+        columns = COLUMNS if is_contest else None
+        name = None if is_contest else unit.field
+        for position, row in read_rows(file, unit.label, unit.span, columns):
+            yield row if isinstance(row, Reject) else row_outcome(position, row, name, rules)
+
+
+def _python_outcome(unit: Unit, rules: TextRules, tally: Tally) -> Record | Reject:
+    """The record of one source file, or why there is none."""
+    file = unit.file
+    try:
+        data = _load(file, rules.max_bytes)
+    except DocumentError as error:
+        tally.inputs.append([unit.source, file.name, file.size, ""])
+        return reject_at(unit.label, file.name, error.reason, error.detail)
+    tally.inputs.append(_bytes_digest(unit, data))
+    return python_outcome(data, file.name, file.inside, rules)

@@ -1,0 +1,1 @@
+"""Rates of the data path: tokenizing, sample order, loading, corpus stages."""

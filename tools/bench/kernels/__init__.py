@@ -1,0 +1,1 @@
+"""Times of single operations on a GPU, next to torch.compile and Liger."""

@@ -1,0 +1,1 @@
+"""Tokens per second of training steps, next to transformers under torch.compile."""

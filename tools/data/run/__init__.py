@@ -1,0 +1,1 @@
+"""`megaphi data run`: complete corpora from one recipe, resumable, with estimates."""
