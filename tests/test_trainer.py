@@ -11,14 +11,14 @@ import torch
 import yaml
 
 from kernels.ops import DropoutSeed
-from megaphi.formats.manifest import find_checkpoints
 from megaphi.config import Model, Recipe
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
-from megaphi.training.engine import compile_blocks
+from megaphi.formats.manifest import find_checkpoints
 from megaphi.metrics.logger import console_line, format_count, format_duration
 from megaphi.model.phi import Phi
 from megaphi.recipe_file import load_recipe
+from megaphi.training.engine import compile_blocks
 from tests.helpers import curve, metrics, toy_options
 
 Train = Callable[[list[str]], Recipe]

@@ -17,11 +17,26 @@ VERBS = {
     "train": ("tools.train", "train a recipe (the same as python -m megaphi.train)"),
     "convert": ("tools.convert", "to Hugging Face directories and GGUF files, and back"),
     "generate": ("tools.generate", "complete a prompt with a trained model"),
-    "evaluate": ("tools.evaluation.command", "pass@k of a model or of completions, programs run isolated"),
-    "inspect": ("tools.inspect.command", "say what a token file, checkpoint or run is, and verify it"),
-    "plan": ("tools.planning.command", "memory, speed, days and GPU-hours of a recipe, and better layouts"),
-    "doctor": ("tools.machine.doctor", "what this machine has, what a run would use of it, and why"),
-    "preflight": ("tools.machine.preflight", "check GPUs, network and storage before the first step"),
+    "evaluate": (
+        "tools.evaluation.command",
+        "pass@k of a model or of completions, programs run isolated",
+    ),
+    "inspect": (
+        "tools.inspect.command",
+        "say what a token file, checkpoint or run is, and verify it",
+    ),
+    "plan": (
+        "tools.planning.command",
+        "memory, speed, days and GPU-hours of a recipe, and better layouts",
+    ),
+    "doctor": (
+        "tools.machine.doctor",
+        "what this machine has, what a run would use of it, and why",
+    ),
+    "preflight": (
+        "tools.machine.preflight",
+        "check GPUs, network and storage before the first step",
+    ),
     "bench": ("tools.bench.command", "measure: data, kernels, train"),
 }
 

@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.model_options import DTYPES, check_sampling, choose_device, load_tokenizer
 from tools.threads import wait_without_spinning
 
 if TYPE_CHECKING:
-    import torch
-
     from megaphi.generate import Completion
     from megaphi.generate.loop import Settings
     from megaphi.model.phi import Phi
 
-_DTYPES = ("auto", "fp32", "bf16", "fp16")
 # A person watches: a GPU's tokens are looked at more often than a batch needs.
 _BUNCH_FOR_STREAM = 4
 
@@ -52,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="auto: bf16 on a GPU")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bf16 on a GPU")
     parser.add_argument("--cuda-graphs", choices=("auto", "never"), default="auto")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the model's own")
     parser.add_argument("--json", action="store_true", help="print a JSON object a completion")
@@ -276,63 +274,3 @@ def _stream(
     ):
         print(event.text, end="", flush=True)
     print()
-
-
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Raise a `ValueError` for options of sampling that are out of range."""
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"--temperature must be 0 or above, not {temperature}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}")
-
-
-def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
-    """Resolve `auto`: the GPU if there is one; bf16 there and fp32 on a CPU.
-
-    Raises:
-        ValueError: the device is not a name that PyTorch knows, or is not there.
-    """
-    import torch
-
-    from megaphi.formats.files import DTYPE_NAMES
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used: {reason}") from None
-    if dtype == "auto":
-        dtype = "fp32" if chosen.type == "cpu" else "bf16"
-    return chosen, DTYPE_NAMES[dtype]
-
-
-def tokenizer_file(directory: Path) -> Path:
-    """tokenizer.json of a directory.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{directory}: no tokenizer.json; name its directory with --tokenizer DIR")
-    return path
-
-
-def load_tokenizer(tokenizer_dir: Path | None, source: Path) -> Any:
-    """Load tokenizer.json; text that looks like a special token stays text.
-
-    Raises:
-        ValueError: there is none, or it is not readable.
-    """
-    path = tokenizer_file(tokenizer_dir or source)
-    import tokenizers
-
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
-    tokenizer.encode_special_tokens = True
-    return tokenizer

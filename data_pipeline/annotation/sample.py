@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_pipeline.runner.output import check_part, read_manifest
 from data_pipeline.records.record import Record, read_part
+from data_pipeline.runner.output import check_part, read_manifest
 
 LENGTH_BOUNDS = (256, 1024, 4096, 16384)  # bytes
 

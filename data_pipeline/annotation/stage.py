@@ -13,19 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
-from data_pipeline.annotation.report import Annotator, annotation_report
-from data_pipeline.llm.ask import Failure, Outcome, Traffic
 from data_pipeline.annotation.canaries import GOOD_FROM, Canary, canaries
+from data_pipeline.annotation.report import Annotator, annotation_report
+from data_pipeline.annotation.sample import choose, read_records, stratum
+from data_pipeline.llm.ask import Failure, Outcome, Traffic
 from data_pipeline.llm.completion import Request
-from data_pipeline.generation.stage import REPORT_NAME, Estimate, finished_output
 from data_pipeline.llm.ledger import Ledger
 from data_pipeline.llm.prompts import QUESTION, judge_request, read_score
-from data_pipeline.annotation.sample import choose, read_records, stratum
 from data_pipeline.llm.secrets import Redactor
-from data_pipeline.llm.session import Progress, Sending, Server, ask_server, traffic_report
-from data_pipeline.runner.output import Manifest, read_manifest, write_json
+from data_pipeline.llm.session import (
+    REPORT_NAME,
+    Estimate,
+    Progress,
+    Sending,
+    Server,
+    ask_server,
+    traffic_report,
+)
 from data_pipeline.records.record import Json, Record, Reject, digest
+from data_pipeline.runner.output import Manifest, read_manifest, write_json
+from data_pipeline.runner.stage import Options, Stage, Tally, Work, finished_output, run_stage
 from megaphi.errors import RunError
 
 VERSION = "1"

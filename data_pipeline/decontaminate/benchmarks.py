@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.similarity.ast_match import functions_of, node_string, parse
 from data_pipeline.records.jsonl import file_sha256, open_jsonl, read_lines
 from data_pipeline.records.record import Json
+from data_pipeline.similarity.ast_match import functions_of, node_string, parse
 
 _MAX_NODES = 10_000
 

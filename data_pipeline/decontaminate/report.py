@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.decontaminate.benchmarks import Problem
-from data_pipeline.runner.output import write_json
 from data_pipeline.records.record import Json
+from data_pipeline.runner.output import write_json
 
 REPORT_NAME = "report.json"
 TEXT_NAME = "report.txt"

@@ -24,15 +24,21 @@ from typing import Any, cast
 
 import numpy as np
 
-from data_pipeline.similarity.ast_match import match_rates, rapidfuzz
 from data_pipeline.decontaminate.benchmarks import Fields, Problem, load_benchmarks, problems_digest
-from data_pipeline.decontaminate.report import write_reports
-from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
 from data_pipeline.decontaminate.embedding_distance import EmbeddingTable, embedding_spec
-from data_pipeline.runner.stage import Stage, Tally, Work
 from data_pipeline.decontaminate.ngram_table import SHORT_STATEMENT, NgramTable
-from data_pipeline.runner.record_work import PartShard, broken_text, config_of, read_shard, record_work
+from data_pipeline.decontaminate.report import write_reports
 from data_pipeline.records.record import Json, Record, Reject
+from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
+from data_pipeline.runner.record_work import (
+    PartShard,
+    broken_text,
+    config_of,
+    read_shard,
+    record_work,
+)
+from data_pipeline.runner.stage import Stage, Tally, Work
+from data_pipeline.similarity.ast_match import match_rates, rapidfuzz
 from data_pipeline.similarity.shingles import BATCH_BYTES
 
 VERSION = "2"

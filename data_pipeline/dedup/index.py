@@ -5,8 +5,6 @@ were done. On the disk it has 512 bytes of signature, 8 bytes a band and about 8
 document; the clustering maps these files and holds one band at a time in memory.
 """
 
-import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.runner.stage import Tally
-from data_pipeline.similarity.minhash import BINS, U32, band_keys, signatures
+from data_pipeline.records.record import Json, Record
 from data_pipeline.runner.output import finish_shard, start_shard
 from data_pipeline.runner.record_work import PartShard, read_shard
-from data_pipeline.records.record import Json, Record
+from data_pipeline.runner.stage import Tally
+from data_pipeline.similarity.digest import text_digest
+from data_pipeline.similarity.minhash import BINS, U32, band_keys, signatures
 from data_pipeline.similarity.shingles import BATCH_BYTES, U64
 
-_TRAILING = re.compile(rb"[ \t\r\f]++(?=\n)")
 _RANKS = np.dtype([("score", "<f8"), ("stars", "<f8"), ("length", "<i8")])
 
 
@@ -34,11 +32,6 @@ class IndexTask:
     directory: Path
     bands: int
     rows: int
-
-
-def text_digest(text: bytes) -> bytes:
-    """SHA-256 of a text without white space at the ends of lines and of the text; 16 bytes."""
-    return hashlib.sha256(_TRAILING.sub(b"", text).strip()).digest()[:16]
 
 
 def rank_of(record: Record, length: int) -> tuple[float, float, int]:

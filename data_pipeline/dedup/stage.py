@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.index import Index, IndexTask, index_part
-from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
-from data_pipeline.runner.executors import run_shards
 from data_pipeline.records.jsonl import LineWriter
-from data_pipeline.similarity.minhash import choose_bands, estimate_jaccard
+from data_pipeline.records.record import Record, Reject, digest
+from data_pipeline.runner.executors import run_shards
 from data_pipeline.runner.output import LOCK_NAME, Manifest, WorkDirectory
 from data_pipeline.runner.record_work import PartShard, broken_text, read_shard, record_work
-from data_pipeline.records.record import Record, Reject, digest
+from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
+from data_pipeline.similarity.minhash import choose_bands, estimate_jaccard
 
 VERSION = "1"
 CLUSTERS_NAME = "clusters.jsonl"

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from data_pipeline.runner.stage import Stage, Tally, Work
+from data_pipeline.records.record import Json, Record, Reject
 from data_pipeline.runner.output import write_json
 from data_pipeline.runner.record_work import PartShard, broken_text, read_shard, record_work
-from data_pipeline.records.record import Json, Record, Reject
+from data_pipeline.runner.stage import Stage, Tally, Work
 
 VERSION = "2"
 SOURCE = "exercise"

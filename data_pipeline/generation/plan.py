@@ -19,15 +19,15 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.generation import plan_lists
 from data_pipeline.records.jsonl import (
     MAX_LINE_BYTES,
     LineWriter,
     open_jsonl,
     read_lines,
 )
-from data_pipeline.generation import plan_lists
-from data_pipeline.runner.output import OtherOutput, is_made
 from data_pipeline.records.record import record_id
+from data_pipeline.runner.output import OtherOutput, is_made
 from megaphi.durable import sync
 
 KINDS = ("textbook", "exercise")

@@ -12,32 +12,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
-from data_pipeline.records.jsonl import file_sha256
-from data_pipeline.llm.ask import Failure, Outcome
 from data_pipeline.generation.check import check_exercise, check_textbook
-from data_pipeline.llm.completion import Request
-from data_pipeline.llm.ledger import Ledger
 from data_pipeline.generation.near_duplicates import NearDuplicateGate
 from data_pipeline.generation.plan import Entry, read_plan
+from data_pipeline.llm.ask import Failure, Outcome
+from data_pipeline.llm.completion import Request
+from data_pipeline.llm.ledger import Ledger
 from data_pipeline.llm.prices import Price
 from data_pipeline.llm.prompts import DEFAULT_PROMPTS, write_request
 from data_pipeline.llm.secrets import Redactor
-from data_pipeline.llm.session import Progress, Sending, Server, ask_server, traffic_report
-from data_pipeline.runner.output import (
-    MANIFEST_NAME,
-    Manifest,
-    OtherOutput,
-    read_manifest,
-    stage_key,
-    write_json,
+from data_pipeline.llm.session import (
+    REPORT_NAME,
+    Estimate,
+    Progress,
+    Sending,
+    Server,
+    ask_server,
+    traffic_report,
 )
+from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, Record, Reject, digest
 from data_pipeline.records.text import DocumentError
+from data_pipeline.runner.output import (
+    Manifest,
+    write_json,
+)
+from data_pipeline.runner.stage import Options, Stage, Tally, Work, finished_output, run_stage
 from megaphi.errors import RunError
 
 VERSION = "1"
-REPORT_NAME = "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +84,6 @@ class Writing:
             temperature=self.temperature,
             seed=self.seed,
         )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a plan can cost at most.
-
-    Attributes:
-        samples: entries of the plan.
-        answered: of them in the ledger already.
-        prompt_tokens: of the others.
-        completion_tokens: of the others, at most.
-        nano: cost of the others at most, in 1e-9 dollars.
-    """
-
-    samples: int
-    answered: int
-    prompt_tokens: int
-    completion_tokens: int
-    nano: int
 
 
 def estimate(
@@ -335,24 +319,3 @@ def _run_shard(shard: _Shard, config: Json, tally: Tally) -> Iterator[Record | R
             yield sifter.take(entry, outcome)
     curve = [vars(window) for window in sifter.gate.curve]
     tally.notes.append({"growth_curve": curve, "exhausted": sifter.gate.exhausted})
-
-
-def finished_output(
-    stage: Stage, inputs: list[dict[str, Json]], out: Path, overwrite: bool
-) -> Manifest | None:
-    """The manifest of a finished output of the same inputs and options, else None.
-
-    Looked up before anything is asked, so that a finished run never pays again.
-
-    Raises:
-        ValueError: `out` holds the output of other inputs or options.
-    """
-    if overwrite or not (out / MANIFEST_NAME).is_file():
-        return None
-    manifest = read_manifest(out)
-    if manifest.key != stage_key(stage.name, stage.version, stage.config, None, inputs):
-        raise OtherOutput(
-            f"{out}: holds the output of other inputs or options, or a partial one; "
-            "choose another --out, or pass --overwrite to replace it"
-        )
-    return manifest

@@ -18,10 +18,6 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
-from data_pipeline.runner.stage import Stage, Tally, Work
-from data_pipeline.runner.record_work import PartShard, broken_text, config_of, read_shard, record_work
-from data_pipeline.records.record import Json, Record, Reject
 from data_pipeline.heuristics.secrets import (
     PII_KINDS,
     SCANNER_VERSION,
@@ -31,6 +27,16 @@ from data_pipeline.heuristics.secrets import (
     scan,
 )
 from data_pipeline.heuristics.signals import SIGNALS_VERSION, Signals, compute_signals
+from data_pipeline.records.record import Json, Record, Reject
+from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
+from data_pipeline.runner.record_work import (
+    PartShard,
+    broken_text,
+    config_of,
+    read_shard,
+    record_work,
+)
+from data_pipeline.runner.stage import Stage, Tally, Work
 
 VERSION = "1"
 Treatment = Literal["redact", "reject", "keep"]

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from data_pipeline.ingest.archives import DAMAGE, ArchiveBomb, Member, read_members
+from data_pipeline.ingest.archive_members import ArchiveBomb, Member
+from data_pipeline.ingest.archives import DAMAGE, read_members
 from data_pipeline.ingest.code_contests import contest_record
-from data_pipeline.records.jsonl import ZSTD_SUFFIX, ZstdReader, buffered
 from data_pipeline.ingest.licenses import all_of
-from data_pipeline.records.record import Json, Record, Reject, record_id, reject_at
 from data_pipeline.ingest.rows import TEXT_FIELDS, jsonl_rows, parquet_rows
 from data_pipeline.ingest.sources import SourceFile, kind_of, printable
+from data_pipeline.records.jsonl import ZSTD_SUFFIX, ZstdReader, buffered
+from data_pipeline.records.record import Json, Record, Reject, record_id, reject_at
 from data_pipeline.records.text import DocumentError, check_text, decode_python
 
 MAX_NESTING = 100  # of the other fields of a row

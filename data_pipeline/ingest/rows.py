@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline.ingest.sources import SourceFile
 from data_pipeline.records.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
 from data_pipeline.records.record import Json, Reject, reject_at
-from data_pipeline.ingest.sources import SourceFile
 from megaphi.errors import RunError
 
 TEXT_FIELDS = ("content", "text", "code")

@@ -14,7 +14,14 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from data_pipeline.ingest.archives import ArchiveBomb, Budget, Member, is_unsafe, is_wanted, refuse
+from data_pipeline.ingest.archive_members import (
+    ArchiveBomb,
+    Budget,
+    Member,
+    is_unsafe,
+    is_wanted,
+    refuse,
+)
 from data_pipeline.ingest.sources import POSTS_MEMBER
 
 # Methods whose decoders stop at a given number of bytes. Deflate, Zstandard, Brotli and PPMd do

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 from xml.parsers import expat
 
-from data_pipeline.ingest.archives import ArchiveBomb
+from data_pipeline.ingest.archive_members import ArchiveBomb
 from data_pipeline.ingest.html_text import html_to_text
 from data_pipeline.ingest.licenses import all_of
-from data_pipeline.records.record import Json, Record, Reject, record_id, reject_at
 from data_pipeline.ingest.sources import SourceFile
+from data_pipeline.records.record import Json, Record, Reject, record_id, reject_at
 from data_pipeline.records.text import DocumentError, check_text
 from megaphi.errors import RunError
 

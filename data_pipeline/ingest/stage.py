@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.ingest.code_contests import COLUMNS, is_contest_row
-from data_pipeline.runner.stage import Stage, Tally, Work
 from data_pipeline.ingest.documents import (
     TextRules,
     archive_outcomes,
@@ -41,8 +40,6 @@ from data_pipeline.ingest.documents import (
     row_outcome,
 )
 from data_pipeline.ingest.licenses import FilterFiles, load_filters, load_same_filters
-from data_pipeline.runner.output import write_json
-from data_pipeline.records.record import Json, Record, Reject, digest, reject_at
 from data_pipeline.ingest.rows import Span, first_row, read_rows, split_file, text_field
 from data_pipeline.ingest.sources import (
     Source,
@@ -54,7 +51,10 @@ from data_pipeline.ingest.sources import (
     read_bytes,
 )
 from data_pipeline.ingest.stackoverflow import PostOptions, TextLimits, read_posts
+from data_pipeline.records.record import Json, Record, Reject, digest, reject_at
 from data_pipeline.records.text import LONG_WORD, DocumentError
+from data_pipeline.runner.output import write_json
+from data_pipeline.runner.stage import Stage, Tally, Work
 
 VERSION = "3"
 SHARD_BYTES = 32 * 2**20  # small files are gathered to shards of this size

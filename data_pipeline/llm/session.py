@@ -208,3 +208,25 @@ def traffic_report(traffic: Traffic, ledger: Ledger) -> dict[str, object]:
         "ledger_dollars": ledger.spent / 1e9,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan can cost at most.
+
+    Attributes:
+        samples: entries of the plan.
+        answered: of them in the ledger already.
+        prompt_tokens: of the others.
+        completion_tokens: of the others, at most.
+        nano: cost of the others at most, in 1e-9 dollars.
+    """
+
+    samples: int
+    answered: int
+    prompt_tokens: int
+    completion_tokens: int
+    nano: int

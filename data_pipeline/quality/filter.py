@@ -20,10 +20,14 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dedup.index import text_digest
-from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
-from data_pipeline.runner.executors import run_shards
+from data_pipeline.quality.embeddings import model_spec
+from data_pipeline.quality.features import BATCH_DOCUMENTS, HASHED, open_features
+from data_pipeline.quality.forest import Forest, Scores, load_forest
+from data_pipeline.quality.metrics import drift, threshold_for_precision
+from data_pipeline.quality.train_filter import FOREST_NAME, REPORT_NAME, STAGE, TRAINING_NAME
 from data_pipeline.records.jsonl import file_sha256
+from data_pipeline.records.record import Json, Record, Reject, digest
+from data_pipeline.runner.executors import run_shards
 from data_pipeline.runner.output import (
     LOCK_NAME,
     MANIFEST_NAME,
@@ -33,13 +37,9 @@ from data_pipeline.runner.output import (
     start_shard,
     write_json,
 )
-from data_pipeline.quality.embeddings import model_spec
-from data_pipeline.quality.features import BATCH_DOCUMENTS, HASHED, open_features
-from data_pipeline.quality.forest import Forest, Scores, load_forest
-from data_pipeline.quality.metrics import drift, threshold_for_precision
-from data_pipeline.quality.train_filter import FOREST_NAME, REPORT_NAME, STAGE, TRAINING_NAME
 from data_pipeline.runner.record_work import PartShard, broken_text, read_shard, record_work
-from data_pipeline.records.record import Json, Record, Reject, digest
+from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
+from data_pipeline.similarity.digest import text_digest
 from data_pipeline.similarity.shingles import mix
 from megaphi.errors import RunError
 

@@ -19,20 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from data_pipeline.dedup.index import text_digest
-from data_pipeline.runner.stage import Tally
-from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
-from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.annotation.canaries import GOOD_FROM
-from data_pipeline.runner.output import (
-    MANIFEST_NAME,
-    OtherOutput,
-    WorkDirectory,
-    check_target,
-    finish_shard,
-    start_shard,
-    write_json,
-)
 from data_pipeline.quality.features import BATCH_DOCUMENTS, feature_spec, open_features, sklearn
 from data_pipeline.quality.forest import Matrix, from_sklearn
 from data_pipeline.quality.metrics import (
@@ -43,8 +30,21 @@ from data_pipeline.quality.metrics import (
     precision_recall,
     reference_bins,
 )
-from data_pipeline.runner.record_work import PartShard, read_manifests, read_shard, record_work
+from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, digest
+from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
+from data_pipeline.runner.output import (
+    MANIFEST_NAME,
+    OtherOutput,
+    WorkDirectory,
+    check_target,
+    finish_shard,
+    start_shard,
+    write_json,
+)
+from data_pipeline.runner.record_work import PartShard, read_manifests, read_shard, record_work
+from data_pipeline.runner.stage import Tally
+from data_pipeline.similarity.digest import text_digest
 from megaphi.durable import sync
 from megaphi.errors import RunError
 

@@ -9,15 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.records.jsonl import file_sha256
-from data_pipeline.similarity.minhash import choose_bands
-from data_pipeline.runner.output import MANIFEST_NAME, OtherOutput, WorkDirectory, check_target, write_json
-from data_pipeline.runner.record_work import PartShard, read_manifests, record_work
 from data_pipeline.records.record import Json, digest
 from data_pipeline.report.measures import LEVELS, Scanned, corpus_measures
 from data_pipeline.report.page import render
 from data_pipeline.report.scan import ScanTask, sample_rate, scan_part
+from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
+from data_pipeline.runner.output import (
+    MANIFEST_NAME,
+    OtherOutput,
+    WorkDirectory,
+    check_target,
+    write_json,
+)
+from data_pipeline.runner.record_work import PartShard, read_manifests, record_work
+from data_pipeline.similarity.minhash import choose_bands
 from megaphi.durable import write_durably
 from megaphi.errors import RunError
 

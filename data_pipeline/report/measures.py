@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dedup.stage import find_clusters
 from data_pipeline.dedup.index import Index
-from data_pipeline.runner.stage import Tally
-from data_pipeline.runner.record_work import PartShard, read_shard
+from data_pipeline.dedup.stage import find_clusters
 from data_pipeline.records.record import Json
 from data_pipeline.report.scan import CELL_SEPARATOR, COVERAGE_KEYS, INDEX_NAME
+from data_pipeline.runner.record_work import PartShard, read_shard
+from data_pipeline.runner.stage import Tally
 
 LEVELS = (0.5, 0.7, 0.85, 0.95)
 WINDOW_LOG = 27  # 128 MiB

@@ -18,13 +18,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.similarity.ast_match import functions_of, node_string, parse
 from data_pipeline.dedup.index import IndexTask, index_part
+from data_pipeline.records.record import Json, Record
 from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
-from data_pipeline.runner.stage import Tally
 from data_pipeline.runner.output import finish_shard, start_shard
 from data_pipeline.runner.record_work import PartShard, read_shard
-from data_pipeline.records.record import Json, Record
+from data_pipeline.runner.stage import Tally
+from data_pipeline.similarity.ast_match import functions_of, node_string, parse
 from data_pipeline.similarity.shingles import U64, hash_shingles, hash_words
 
 NGRAM_WORDS = 10

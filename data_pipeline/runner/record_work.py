@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.runner.stage import Tally, Work
-from data_pipeline.runner.output import Manifest, PartFile, check_part, read_manifest
 from data_pipeline.records.record import Json, Record, Reject, read_part
+from data_pipeline.runner.output import Manifest, PartFile, check_part, read_manifest
+from data_pipeline.runner.stage import Tally, Work
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.records.jsonl import LineWriter
+from data_pipeline.records.record import Json, Lineage, Record, Reject, digest, record_line
+from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.runner.output import (
     MANIFEST_NAME,
     Manifest,
@@ -30,7 +31,6 @@ from data_pipeline.runner.output import (
     start_shard,
     write_manifest,
 )
-from data_pipeline.records.record import Json, Lineage, Record, Reject, digest, record_line
 from megaphi.durable import sync
 from megaphi.errors import RunError, TooManyRejects
 
@@ -400,3 +400,24 @@ def _publish(directory: WorkDirectory, manifest: Manifest, out: Path, options: O
         f"no document was kept of {manifest.records_in} ({reasons or 'the input is empty'}); "
         f"see {aside}"
     )
+
+
+def finished_output(
+    stage: Stage, inputs: list[dict[str, Json]], out: Path, overwrite: bool
+) -> Manifest | None:
+    """The manifest of a finished output of the same inputs and options, else None.
+
+    Looked up before anything is asked, so that a finished run never pays again.
+
+    Raises:
+        ValueError: `out` holds the output of other inputs or options.
+    """
+    if overwrite or not (out / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(out)
+    if manifest.key != stage_key(stage.name, stage.version, stage.config, None, inputs):
+        raise OtherOutput(
+            f"{out}: holds the output of other inputs or options, or a partial one; "
+            "choose another --out, or pass --overwrite to replace it"
+        )
+    return manifest

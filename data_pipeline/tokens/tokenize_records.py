@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.runner.stage import library_versions
-from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.records.jsonl import LineWriter
+from data_pipeline.records.record import Json, Record, Reject, digest, read_part
+from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
 from data_pipeline.runner.output import (
     LOCK_NAME,
     Manifest,
@@ -39,7 +39,7 @@ from data_pipeline.runner.output import (
     read_manifest,
     start_shard,
 )
-from data_pipeline.records.record import Json, Record, Reject, digest, read_part
+from data_pipeline.runner.stage import library_versions
 from data_pipeline.tokens.tokenizer import DocumentTokenizer, load_tokenizer
 from megaphi.data.indexed import (
     IndexedDataset,

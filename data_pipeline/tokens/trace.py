@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.records.jsonl import read_lines
 from data_pipeline.ingest.licenses import (
     identifiers,
     matches_repository,
     repositories,
     repository_pattern,
 )
-from data_pipeline.runner.output import MANIFEST_NAME, check_part, read_manifest
+from data_pipeline.records.jsonl import read_lines
 from data_pipeline.records.record import Json, Record, read_part
+from data_pipeline.runner.output import MANIFEST_NAME, check_part, read_manifest
 from data_pipeline.tokens.tokenize_records import PROVENANCE_KEYS, documents_path
 from megaphi.data.indexed import IndexedDataset
 from megaphi.errors import RunError

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from data_pipeline.records.record import Json, digest, read_part
 from data_pipeline.runner.output import (
     MANIFEST_NAME,
     Manifest,
@@ -23,7 +24,6 @@ from data_pipeline.runner.output import (
     read_manifest,
     write_json,
 )
-from data_pipeline.records.record import Json, digest, read_part
 from data_pipeline.tokens.tokenizer import (
     END_OF_TEXT,
     SPACE_RUNS,

@@ -23,6 +23,11 @@ from typing import IO, Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from megaphi.checkpoint.shards import write_tensors
+from megaphi.checkpoint.staging import Background, Staging
+from megaphi.config import Recipe
+from megaphi.durable import make_directory, sync, write_durably
+from megaphi.errors import RunError
 from megaphi.formats.manifest import (
     DELETED_PATTERN,
     CheckpointError,
@@ -39,13 +44,8 @@ from megaphi.formats.manifest import (
     verify_files,
     write_manifest,
 )
-from megaphi.checkpoint.shards import write_tensors
-from megaphi.checkpoint.staging import Background, Staging
 from megaphi.formats.tokenizer_files import copy_tokenizer
 from megaphi.formats.weights import write_model_config
-from megaphi.config import Recipe
-from megaphi.durable import make_directory, sync, write_durably
-from megaphi.errors import RunError
 from megaphi.parallel.mesh import Mesh
 
 

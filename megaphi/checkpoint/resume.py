@@ -13,11 +13,11 @@ import yaml
 from torch import nn
 
 from megaphi.checkpoint.drift import recipe_drift
-from megaphi.formats.manifest import CheckpointError, read_manifest
-from megaphi.formats.weights import open_weights, read_model_config, resolve_model
 from megaphi.config import Model, Recipe
 from megaphi.data.loader import token_file_prefixes
 from megaphi.data.sidecar import TokenFileInfo, verify_info
+from megaphi.formats.manifest import CheckpointError, read_manifest
+from megaphi.formats.weights import open_weights, read_model_config, resolve_model
 from megaphi.metrics.meter import device_name
 from megaphi.model.init import assign
 from megaphi.parallel.mesh import AXES, Mesh

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaphi.formats.weights import ModelWeights
 from megaphi.config import Model
+from megaphi.formats.weights import ModelWeights
 from megaphi.model.phi import Phi
 
 

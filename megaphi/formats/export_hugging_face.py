@@ -11,11 +11,11 @@ from megaphi import __version__
 if TYPE_CHECKING:
     import torch
 
+    from megaphi.config import Model
     from megaphi.formats.agreement import Agreement
     from megaphi.formats.model_card import Score
     from megaphi.formats.provenance import Provenance
     from megaphi.formats.weights import CheckpointWeights
-    from megaphi.config import Model
 
 
 def export_hugging_face(
@@ -179,10 +179,10 @@ def _verify_export(
     Raises:
         RunError: names the tensor that differs.
     """
+    from megaphi.errors import RunError
     from megaphi.formats.agreement import compare_logits, fixed_prompt
     from megaphi.formats.files import read_header, same_bits
     from megaphi.formats.hf import HuggingFaceWeights, exported
-    from megaphi.errors import RunError
 
     written = {
         stored.name: stored

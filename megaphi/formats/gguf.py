@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megaphi.config import Model
+from megaphi.durable import sync
+from megaphi.errors import RunError
 from megaphi.formats.files import overflows
 from megaphi.formats.gguf_vocabulary import Vocabulary
 from megaphi.formats.hf import exported
@@ -27,9 +30,6 @@ from megaphi.formats.large_file import LargeFile
 from megaphi.formats.provenance import Provenance
 from megaphi.formats.weight_files import PendingTensor
 from megaphi.formats.weights import ModelWeights
-from megaphi.config import Model
-from megaphi.durable import sync
-from megaphi.errors import RunError
 from megaphi.model.phi import num_parameters
 
 if TYPE_CHECKING:

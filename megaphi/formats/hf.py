@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megaphi.config import Model
 from megaphi.formats.files import StoredTensor, overflows, read_header, read_json_object
 from megaphi.formats.hf_config import read_config
 from megaphi.formats.intake import refuse_strange_entries
 from megaphi.formats.weight_files import PendingTensor
-from megaphi.config import Model
 from megaphi.model.phi import parameter_shapes
 
 _INDEX_NAME = "model.safetensors.index.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from megaphi.formats.files import read_json_object
 from megaphi.config import Model
+from megaphi.formats.files import read_json_object
 
 _MIXFORMER_TYPES = ("mixformer-sequential", "phi-msft")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from megaphi.config import Model
 from megaphi.formats.files import read_json_object
 from megaphi.formats.provenance import Provenance, training_data
-from megaphi.config import Model
 from megaphi.model.phi import num_parameters
 
 _SUMMARY_NAME = "summary.json"

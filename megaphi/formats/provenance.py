@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megaphi.formats.files import read_json_object
-from megaphi.formats.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 from megaphi.data.blend import parse_blend
 from megaphi.data.indexed import TokenFileError
 from megaphi.data.sidecar import read_info
+from megaphi.formats.files import read_json_object
+from megaphi.formats.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 
 _MAX_RECIPE_BYTES = 1 << 20
 

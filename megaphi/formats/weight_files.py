@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaphi.durable import write_durably
+from megaphi.errors import RunError
 from megaphi.formats.files import FLOAT_DTYPES, read_json_object
 from megaphi.formats.large_file import LargeFile
 from megaphi.formats.manifest import FileDigest, digest_file, publish
-from megaphi.durable import write_durably
-from megaphi.errors import RunError
 
 _STORED_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 _IDENTITY_NAME = "conversion.json"

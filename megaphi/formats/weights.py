@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaphi.config import Model
 from megaphi.formats.files import (
     StoredTensor,
     read_header,
@@ -40,7 +41,6 @@ from megaphi.formats.weight_files import (
     new_directory,
     write_shards,
 )
-from megaphi.config import Model
 from megaphi.model.phi import Phi, parameter_shapes
 
 MODEL_CONFIG_NAME = "model.json"

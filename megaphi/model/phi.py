@@ -38,11 +38,11 @@ from megaphi.data.documents import Documents
 from megaphi.model.attention import HeadPart, attention, attention_of_one
 from megaphi.model.attention_backends import Backend
 from megaphi.model.cache import BlockCache
+from megaphi.model.column_pair import column_pair
 from megaphi.model.linear import MakeLinear, make_linear
 from megaphi.model.rotary import rotary_tables
 from megaphi.parallel.axes import Axes
 from megaphi.parallel.context import attention_over_context
-from megaphi.model.column_pair import column_pair
 from megaphi.parallel.tensor import embed, local
 from megaphi.parallel.tensor import linear_cross_entropy as vocabulary_parallel_cross_entropy
 

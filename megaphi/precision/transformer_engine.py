@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megaphi.model.linear import Linear
-from megaphi.precision.fp8 import Fp8
+from megaphi.precision.fp8_interface import Fp8
 
 
 class TransformerEngineFp8(Fp8):

@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from megaphi.formats.manifest import find_checkpoints
 from megaphi.errors import EXIT_FAILED, EXIT_OK, run_main
+from megaphi.formats.manifest import find_checkpoints
 from megaphi.metrics.logger import last_step
 from megaphi.recipe_file import load_recipe
 

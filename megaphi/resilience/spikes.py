@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaphi.formats.manifest import CheckpointError, find_checkpoints, remove, verify_checkpoint
 from megaphi.config import Train
 from megaphi.durable import write_durably
 from megaphi.errors import RunError
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, remove, verify_checkpoint
 
 RECORDS_NAME = "rewinds.json"
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from megaphi.config import Recipe
 from megaphi.data.loader import Loader, MicroBatch
 from megaphi.model.attention_backends import choose, probe, training_need
+from megaphi.model.column_pair import choose_overlap
 from megaphi.model.linear import make_linear
 from megaphi.model.phi import DropoutSeed, Phi
 from megaphi.parallel.axes import axes_of
 from megaphi.parallel.mesh import AXES, Mesh
-from megaphi.model.column_pair import choose_overlap
-from megaphi.training.parallelize import parallelize, release_gathered_weights, send_gradients
-from megaphi.training.pipeline import Pipeline, Stage, split_layers, stages_of_process
-from megaphi.precision.fp8 import fp8_layers
+from megaphi.precision.fp8_choice import fp8_layers
 from megaphi.precision.loss_scale import LossScale
 from megaphi.precision.policy import check_pipeline, facts_of, resolve
+from megaphi.training.parallelize import parallelize, release_gathered_weights, send_gradients
+from megaphi.training.pipeline import Pipeline, Stage, split_layers, stages_of_process
 
 
 class Engine:

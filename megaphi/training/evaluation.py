@@ -4,11 +4,11 @@ import torch
 
 from megaphi.config import Recipe
 from megaphi.data.loader import read_samples, to_micro_batch, validation_dataset
-from megaphi.training.engine import Engine
 from megaphi.metrics.meter import Later
 from megaphi.parallel.mesh import Mesh
 from megaphi.resilience.signals import StopRequest
 from megaphi.resilience.watchdog import Watchdog
+from megaphi.training.engine import Engine
 
 
 class Evaluation:

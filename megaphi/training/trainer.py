@@ -20,7 +20,6 @@ from megaphi.checkpoint.resume import (
     recipe_changes,
     token_file_dates,
 )
-from megaphi.formats.tokenizer_files import copy_tokenizer
 from megaphi.config import Recipe
 from megaphi.data.loader import (
     Dataset,
@@ -31,12 +30,10 @@ from megaphi.data.loader import (
     train_dataset,
 )
 from megaphi.durable import write_durably
-from megaphi.training.engine import Engine
 from megaphi.errors import Preempted
-from megaphi.training.evaluation import Evaluation
+from megaphi.formats.tokenizer_files import copy_tokenizer
 from megaphi.metrics.logger import RunLogger, format_count, has_evaluation
 from megaphi.metrics.meter import Later, device_name
-from megaphi.training.reporter import Reporter, StepMetrics
 from megaphi.model.init import initialize
 from megaphi.model.phi import num_parameters
 from megaphi.optim.adamw import AdamW
@@ -46,6 +43,9 @@ from megaphi.resilience.replicas import check_replicas
 from megaphi.resilience.signals import StopRequest
 from megaphi.resilience.spikes import Rewinds
 from megaphi.resilience.watchdog import Watchdog
+from megaphi.training.engine import Engine
+from megaphi.training.evaluation import Evaluation
+from megaphi.training.reporter import Reporter, StepMetrics
 
 
 class Trainer:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaphi.checkpoint import manager, shards
-from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.config import Recipe
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
 from megaphi.training.trainer import Trainer

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import megaphi.formats.gguf as gguf_files
+from megaphi.config import Model
+from megaphi.errors import RunError
+from megaphi.formats.export_hugging_face import export_hugging_face
 from megaphi.formats.gguf import encode, new_file
 from megaphi.formats.gguf_vocabulary import (
     CONTROL,
@@ -20,11 +23,8 @@ from megaphi.formats.gguf_vocabulary import (
     read_vocabulary,
 )
 from megaphi.formats.weights import write_weights_checkpoint
-from megaphi.config import Model
-from megaphi.errors import RunError
 from megaphi.model.phi import Phi
 from tools.cli import main
-from megaphi.formats.export_hugging_face import export_hugging_face
 
 gguf = pytest.importorskip("gguf", reason='needs pip install "megaphi[gguf]"')
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
+from megaphi.config import Model
 from megaphi.formats.files import parse_size, same_bits
 from megaphi.formats.manifest import CheckpointError, verify_checkpoint, write_manifest
 from megaphi.formats.weight_files import write_shards
@@ -26,7 +27,6 @@ from megaphi.formats.weights import (
     write_model_config,
     write_weights_checkpoint,
 )
-from megaphi.config import Model
 from megaphi.model.phi import Phi, parameter_shapes
 
 # 37 rows do not divide by 3 processes: the last shard is shorter

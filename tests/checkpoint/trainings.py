@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from megaphi.training import engine
 from megaphi.checkpoint import manager, shards
 from megaphi.formats.manifest import CheckpointError
 from megaphi.parallel.mesh import processes
 from megaphi.precision.loss_scale import LossScale
 from megaphi.recipe_file import load_recipe
+from megaphi.training import engine
 from megaphi.training.trainer import Trainer
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.runner.stage import Stage, Tally, Work
 from data_pipeline.records.record import Record, Reject
+from data_pipeline.runner.stage import Stage, Tally, Work
 from megaphi.errors import RunError
 
 

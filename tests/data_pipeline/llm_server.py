@@ -298,7 +298,9 @@ class BatchServer(ScriptedServer):
 def start(arguments: list[str]) -> multiprocessing.process.BaseProcess:
     """Run the command in a process that may be killed; its modules are imported beforehand."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "data_pipeline.generation.stage", "tools.data.command"])
+    context.set_forkserver_preload(
+        [__name__, "data_pipeline.generation.stage", "tools.data.command"]
+    )
     process = context.Process(target=_run_main, args=(arguments,))
     process.start()
     return process

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.ingest.stage import stage as ingest
-from data_pipeline.runner.stage import Options, run_stage
+from data_pipeline.ingest import stage as ingest
 from data_pipeline.ingest.stage import IngestOptions, plan_ingest
+from data_pipeline.runner.stage import Options, run_stage
 
 
 def write_records(root: Path, files: list[list[dict[str, Any]]], name: str = "records") -> Path:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.similarity.ast_match import function_strings, functions_of, node_string
 from data_pipeline.decontaminate.benchmarks import Fields, load_benchmarks
-from data_pipeline.decontaminate.stage import DecontaminateOptions, plan_decontaminate
-from data_pipeline.decontaminate.report import read_report, report_text
-from data_pipeline.runner.stage import Options, run_stage
 from data_pipeline.decontaminate.ngram_table import NgramTable
+from data_pipeline.decontaminate.report import read_report, report_text
+from data_pipeline.decontaminate.stage import DecontaminateOptions, plan_decontaminate
 from data_pipeline.runner.output import Manifest
+from data_pipeline.runner.stage import Options, run_stage
+from data_pipeline.similarity.ast_match import function_strings, functions_of, node_string
 from tests.data_pipeline.record_files import read, write_records
 from tests.data_pipeline.test_pipeline_crash import drive
 

@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 
 from data_pipeline.dedup.stage import dedup
-from data_pipeline.runner.stage import Options
-from data_pipeline.similarity.minhash import BINS, band_keys, choose_bands, estimate_jaccard, signatures
 from data_pipeline.runner.output import Manifest
+from data_pipeline.runner.stage import Options
+from data_pipeline.similarity.minhash import (
+    BINS,
+    band_keys,
+    choose_bands,
+    estimate_jaccard,
+    signatures,
+)
 from data_pipeline.similarity.shingles import hash_shingles, hash_words
 from tests.data_pipeline.record_files import read, write_records
 from tests.data_pipeline.test_pipeline_crash import drive

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
 from data_pipeline.generation.execute import Ran, plan_execute, program
+from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
 from tests.data_pipeline.record_files import read
 from tests.isolation import needs_sandbox
 from tools.cli import main

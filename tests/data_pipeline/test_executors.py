@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.runner.stage import Options, Stage, Work, run_stage
 from data_pipeline.runner.executors import (
     LocalExecutor,
     PlanExecutor,
@@ -27,11 +26,12 @@ from data_pipeline.runner.executors import (
     SliceExecutor,
 )
 from data_pipeline.runner.output import WorkDirectory, finish_shard, read_manifest, start_shard
+from data_pipeline.runner.stage import Options, Stage, Work, run_stage
 from megaphi.errors import RunError
 from tests.data_pipeline import executor_shards
 from tests.data_pipeline.record_files import write_records
-from tools.data.command.options import executor as data_engine
 from tools.cli import main
+from tools.data.options import executor as data_engine
 
 
 def digests(directory: Path) -> dict[str, str]:

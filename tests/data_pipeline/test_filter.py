@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.runner.stage import Options
-from data_pipeline.runner.output import Manifest
 from data_pipeline.quality import features as features_module
 from data_pipeline.quality.embeddings import Embedder, model_spec
 from data_pipeline.quality.filter import Selection, filter_records, load_filter
@@ -24,6 +22,8 @@ from data_pipeline.quality.metrics import (
     threshold_for_precision,
 )
 from data_pipeline.quality.train_filter import TrainingOptions, train_filter
+from data_pipeline.runner.output import Manifest
+from data_pipeline.runner.stage import Options
 from megaphi.errors import RunError
 from tests.data_pipeline.record_files import read, write_records
 from tests.data_pipeline.test_pipeline_crash import drive

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.heuristics.stage import stage as heuristics
-from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
-from data_pipeline.runner.stage import Options, run_stage
-from data_pipeline.heuristics.stage import HeuristicsOptions, load_thresholds, plan_heuristics
-from data_pipeline.runner.output import Manifest
+from data_pipeline.heuristics import stage as heuristics
 from data_pipeline.heuristics.signals import compute_signals
+from data_pipeline.heuristics.stage import HeuristicsOptions, load_thresholds, plan_heuristics
+from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
+from data_pipeline.runner.output import Manifest
+from data_pipeline.runner.stage import Options, run_stage
 from tests.data_pipeline.record_files import read, write_records
 from tests.data_pipeline.test_pipeline_crash import drive
 

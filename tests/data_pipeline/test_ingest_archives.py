@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.ingest.stage import archives
-from data_pipeline.runner.stage import Options, run_stage
-from data_pipeline.ingest.stage import IngestOptions, plan_ingest
+from data_pipeline.ingest.stage import IngestOptions, archives, plan_ingest
 from data_pipeline.runner.output import Manifest
+from data_pipeline.runner.stage import Options, run_stage
 from megaphi.metrics.memory import peak_memory, reset_peak_memory
 from tests.data_pipeline.record_files import read
 

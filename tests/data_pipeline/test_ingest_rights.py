@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.runner.stage import Options, run_stage
-from data_pipeline.ingest.stage import IngestOptions, plan_ingest
 from data_pipeline.ingest.licenses import PERMISSIVE, FilterFiles, is_allowed, load_filters
-from data_pipeline.tokens.merge_tokens import merge_tokens
+from data_pipeline.ingest.stage import IngestOptions, plan_ingest
 from data_pipeline.runner.output import Manifest
+from data_pipeline.runner.stage import Options, run_stage
+from data_pipeline.tokens.merge_tokens import merge_tokens
 from data_pipeline.tokens.tokenize_records import documents_path, tokenize_records
 from data_pipeline.tokens.trace import Query, Searched, trace
 from megaphi.data.indexed import IndexedDataset

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.ingest.stage import rows
-from data_pipeline.runner.stage import Options, run_stage
-from data_pipeline.ingest.stage import IngestOptions, plan_ingest
+from data_pipeline.ingest.stage import IngestOptions, plan_ingest, rows
 from data_pipeline.records.jsonl import read_lines
 from data_pipeline.runner.output import Manifest
+from data_pipeline.runner.stage import Options, run_stage
 from tests.data_pipeline.record_files import read
 
 pyarrow = pytest.importorskip("pyarrow")

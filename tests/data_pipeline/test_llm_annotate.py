@@ -13,8 +13,8 @@ pytest.importorskip("openai")
 
 from data_pipeline.annotation.agreement import agreement, predicted_scores, text_features
 from data_pipeline.annotation.canaries import GOOD, POOR
-from data_pipeline.llm.prompts import judge_request, read_score
 from data_pipeline.annotation.sample import allocate, choose, read_records
+from data_pipeline.llm.prompts import judge_request, read_score
 from tests.data_pipeline.llm_server import Asked, Reply, ScriptedServer, completion
 from tools.cli import main
 

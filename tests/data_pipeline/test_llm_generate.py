@@ -16,8 +16,8 @@ import pytest
 
 pytest.importorskip("openai")
 
-from data_pipeline.generation.plan import Entry, default_lists, make_plan, permuted, read_plan
 from data_pipeline.annotation.sample import read_records
+from data_pipeline.generation.plan import Entry, default_lists, make_plan, permuted, read_plan
 from tests.data_pipeline.llm_server import Asked, Reply, ScriptedServer, completion
 from tests.helpers import child_environment
 from tools.cli import main

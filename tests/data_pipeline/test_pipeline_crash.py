@@ -117,9 +117,9 @@ def test_ingest_killed_at_every_file_operation(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records in several parts, and a small tokenizer beside them."""
-    from data_pipeline.ingest.stage import stage as ingest
-    from data_pipeline.runner.stage import Options, run_stage
+    from data_pipeline.ingest import stage as ingest
     from data_pipeline.ingest.stage import IngestOptions, plan_ingest
+    from data_pipeline.runner.stage import Options, run_stage
     from data_pipeline.tokens.train_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("records")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
+from data_pipeline.records.record import Record, Reject
 from data_pipeline.runner.output import Manifest, read_manifest
 from data_pipeline.runner.pool import run_tasks
-from data_pipeline.records.record import Record, Reject
+from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
 from megaphi.errors import RunError, TooManyRejects
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.ingest.stage import stage as ingest
-from data_pipeline.runner.stage import Options, run_stage
+from data_pipeline.ingest import stage as ingest
 from data_pipeline.ingest.stage import IngestOptions, plan_ingest
 from data_pipeline.runner.output import Manifest, read_manifest
+from data_pipeline.runner.stage import Options, run_stage
 from megaphi.errors import RunError, TooManyRejects
 from megaphi.metrics.memory import peak_memory, reset_peak_memory
 

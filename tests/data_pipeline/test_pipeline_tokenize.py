@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from data_pipeline.tokens import tokenize_records as module
 from data_pipeline.runner.stage import Options, Stage, Tally, Work, run_stage
+from data_pipeline.tokens import tokenize_records as module
 from data_pipeline.tokens.merge_tokens import merge_tokens
 from data_pipeline.tokens.tokenize_records import documents_path, tokenize_records
 from data_pipeline.tokens.tokenizer import load_tokenizer

@@ -16,12 +16,12 @@ import pytest
 import yaml
 
 from megaphi.data.indexed import IndexedDataset
-from tools.data.command.verbs import dedup as data_dedup
 from tools.cli import main
-from tools.data.command import make_parser
+from tools.data.parser import make_parser
+from tools.data.run.command import stage_parsers
 from tools.data.run.estimate import MB_PER_CPU_SECOND
 from tools.data.run.recipe import read_recipe
-from tools.data.run.command import stage_parsers
+from tools.data.verbs import dedup as data_dedup
 
 ROOT = Path(__file__).parents[2]
 

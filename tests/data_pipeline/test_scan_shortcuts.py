@@ -15,9 +15,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.heuristics.stage import secrets
-from data_pipeline.heuristics.secrets import LONG_WORD, PLUGINS, RULES, SOLID_PLUGINS, Finding, Rule, scan
+from data_pipeline.heuristics.secrets import (
+    LONG_WORD,
+    PLUGINS,
+    RULES,
+    SOLID_PLUGINS,
+    Finding,
+    Rule,
+    scan,
+)
 from data_pipeline.heuristics.signals import compute_signals
+from data_pipeline.heuristics.stage import secrets
 from tests.data_pipeline.test_secrets import LOOK_ALIKES, assigned, planted
 
 QUICK = settings(

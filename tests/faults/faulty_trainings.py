@@ -24,7 +24,6 @@ from megaphi.checkpoint import shards
 from megaphi.checkpoint.manager import CheckpointManager
 from megaphi.config import Parallel
 from megaphi.data.loader import Loader, MicroBatch
-from megaphi.training.engine import Engine
 from megaphi.errors import RunError
 from megaphi.optim.adamw import AdamW
 from megaphi.parallel.mesh import processes
@@ -33,6 +32,7 @@ from megaphi.resilience import watchdog
 from megaphi.resilience.replicas import check_replicas
 from megaphi.resilience.spikes import Rewinds
 from megaphi.resilience.watchdog import Heartbeat
+from megaphi.training.engine import Engine
 from megaphi.training.trainer import Trainer
 
 

@@ -22,8 +22,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from megaphi.checkpoint import shards
 from megaphi.checkpoint.manager import CheckpointManager
-from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.config import Checkpoint, Data, Recipe, Train
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.parallel.mesh import Mesh, processes
 from tests.faults.file_calls import Call, watch_files
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaphi.formats.manifest import CheckpointError, find_checkpoints
 from megaphi.config import Recipe
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
 from megaphi.errors import RunError, run_main
+from megaphi.formats.manifest import CheckpointError, find_checkpoints
 from megaphi.metrics.logger import keep_metrics_until, last_step, metric_rows
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe

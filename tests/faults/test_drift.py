@@ -13,6 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from megaphi.checkpoint.drift import RECIPE_KEYS, drift_table, rule_of
+from megaphi.checkpoint.resume import STATE_KEYS
+from megaphi.config import Recipe
+from megaphi.data.indexed import IndexedDatasetWriter
+from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
 from megaphi.formats.manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -20,10 +24,6 @@ from megaphi.formats.manifest import (
     read_manifest,
     write_manifest,
 )
-from megaphi.checkpoint.resume import STATE_KEYS
-from megaphi.config import Recipe
-from megaphi.data.indexed import IndexedDatasetWriter
-from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
 from megaphi.recipe_file import recipe_keys
 from tests.helpers import REPOSITORY, metrics, toy_options
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.ingest.stage import stage as ingest
+from data_pipeline.ingest import stage as ingest
 from data_pipeline.tokens.tokenize_records import documents_path
 from data_pipeline.tokens.tokenizer import load_tokenizer
 from megaphi.data.indexed import IndexedDataset

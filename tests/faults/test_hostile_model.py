@@ -23,12 +23,12 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+from megaphi.config import Model
+from megaphi.formats.export_hugging_face import export_hugging_face
 from megaphi.formats.manifest import write_manifest
 from megaphi.formats.weights import write_weights_checkpoint
-from megaphi.config import Model
 from megaphi.model.phi import Phi
 from tests.helpers import REPOSITORY
-from megaphi.formats.export_hugging_face import export_hugging_face
 
 CONFIG = Model(num_layers=1, hidden_size=32, num_heads=2, vocab_size=300, max_sequence_length=64)
 DEEP = "[" * 100_000
@@ -256,7 +256,8 @@ _CHILD = """
 import io, json, os, resource, signal, sys, contextlib
 from pathlib import Path
 import gguf, numpy, safetensors.torch, tokenizers, torch, yaml
-import megaphi.formats.gguf, tools.cli, tools.convert, megaphi.formats.export_gguf, megaphi.formats.export_hugging_face
+import megaphi.formats.export_gguf, megaphi.formats.export_hugging_face, megaphi.formats.gguf
+import tools.cli, tools.convert
 import tools.evaluation.completions, tools.generate
 from megaphi.formats.weights import resolve_model
 from megaphi.errors import run_main

@@ -18,6 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.sandbox.executor import judge_all
+from data_pipeline.sandbox.memory_group import descendants
+from data_pipeline.sandbox.program_test import ProgramTest
+from data_pipeline.sandbox.sandbox import Lane, Limits, Verdict
 from tests.faults.hostile_programs import (
     ESCAPES,
     FLOOD,
@@ -28,10 +32,6 @@ from tests.faults.hostile_programs import (
     TEST,
 )
 from tools.cli import main
-from data_pipeline.sandbox.executor import judge_all
-from data_pipeline.sandbox.memory_group import descendants
-from data_pipeline.sandbox.program_test import ProgramTest
-from data_pipeline.sandbox.sandbox import Lane, Limits, Verdict
 
 LIMITS = Limits(seconds=1.0, memory_bytes=512 << 20)
 SLACK = 60.0  # a hang, and not a busy machine

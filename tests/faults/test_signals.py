@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megaphi import train
-from megaphi.formats.manifest import find_checkpoints, verify_checkpoint
 from megaphi.config import Recipe
 from megaphi.errors import Preempted, RunError
+from megaphi.formats.manifest import find_checkpoints, verify_checkpoint
 from megaphi.metrics.logger import RunLogger
 from megaphi.resilience.signals import StopRequest
 from tests.faults.test_resume import final_tensors

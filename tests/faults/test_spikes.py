@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaphi.formats.manifest import find_checkpoints, write_manifest
 from megaphi.config import Train
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.errors import RunError
+from megaphi.formats.manifest import find_checkpoints, write_manifest
 from megaphi.resilience.spikes import Rewind, Rewinds, Spike, SpikeWatch, merged, sample_at
 from tests.faults.test_resume import final_tensors, tensors_of
 from tests.helpers import curve, metrics, toy_options

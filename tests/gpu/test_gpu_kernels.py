@@ -11,7 +11,13 @@ from megaphi.config import Model
 from tests.gpu import formulas
 from tests.gpu.device import DEVICE, DRY_RUN, has_fp8, needs_triton, pytestmark  # noqa: F401
 from tools.bench.kernels.cases import CASES, Case, Inputs, Sizes, small_sizes
-from tools.bench.kernels.command import call, operations_with_kernel, plain_twin, results, worst_error
+from tools.bench.kernels.command import (
+    call,
+    operations_with_kernel,
+    plain_twin,
+    results,
+    worst_error,
+)
 
 # relative errors in the norm; a gradient in 16 bits is rounded once more than its inputs
 LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}

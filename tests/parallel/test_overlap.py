@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.ops import DropoutSeed
 from megaphi.config import Model, Parallel
+from megaphi.model import column_pair as overlap
+from megaphi.model.column_pair import choose_overlap, column_pair
 from megaphi.model.linear import ADDS_UP, LinearWithFp32Gradient
 from megaphi.model.phi import Phi
-from megaphi.model import column_pair as overlap
 from megaphi.parallel.axes import axes_of
 from megaphi.parallel.mesh import AXES, Mesh
-from megaphi.model.column_pair import choose_overlap, column_pair
-from megaphi.training.parallelize import cut_layers, parallelize
 from megaphi.parallel.tensor import TensorAxis, local
+from megaphi.training.parallelize import cut_layers, parallelize
 
 CONFIG = Model(num_layers=3, hidden_size=32, num_heads=4, vocab_size=64, residual_dropout=0.1)
 ROWS = 16

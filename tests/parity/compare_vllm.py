@@ -22,11 +22,11 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from megaphi.formats.export_hugging_face import export_hugging_face
 from megaphi.formats.weights import load_model
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
 from tests.layouts import free_port
-from megaphi.formats.export_hugging_face import export_hugging_face
 
 PROMPTS = (
     "def fibonacci(n):\n",

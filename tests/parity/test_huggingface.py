@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megaphi import __version__
+from megaphi.config import Model
+from megaphi.formats.export_hugging_face import export_hugging_face, import_hugging_face
 from megaphi.formats.files import same_bits
 from megaphi.formats.hf import HuggingFaceWeights
 from megaphi.formats.hf_config import config_to_hugging_face, model_from_config
 from megaphi.formats.weights import CheckpointWeights, load_model, write_weights_checkpoint
-from megaphi.config import Model
 from megaphi.generate import generate
 from megaphi.model.phi import Phi, num_parameters
-from megaphi.formats.export_hugging_face import export_hugging_face, import_hugging_face
 
 SHAPES = {
     "two heads of 16, rotary 0.5": Model(

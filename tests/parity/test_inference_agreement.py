@@ -15,13 +15,13 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from megaphi.formats.weights import load_model, write_weights_checkpoint
 from megaphi.config import Model
+from megaphi.formats.export_gguf import export_gguf
+from megaphi.formats.export_hugging_face import export_hugging_face
+from megaphi.formats.weights import load_model, write_weights_checkpoint
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
 from tests.data_pipeline.llm_server import llama_server
-from megaphi.formats.export_gguf import export_gguf
-from megaphi.formats.export_hugging_face import export_hugging_face
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")

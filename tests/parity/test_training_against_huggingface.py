@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaphi.formats.hf import to_hugging_face
 from megaphi.config import Recipe
 from megaphi.data.loader import train_dataset
+from megaphi.formats.hf import to_hugging_face
 from megaphi.model.init import initial_value
 from megaphi.model.phi import Phi
 from megaphi.optim.schedule import learning_rate

@@ -18,15 +18,11 @@ from megaphi.model.init import initialize
 from megaphi.model.linear import Linear
 from megaphi.model.phi import Phi
 from megaphi.parallel.mesh import Mesh, processes
-from megaphi.training.parallelize import parallelize, release_gathered_weights, send_gradients
-from megaphi.precision.fp8 import (
-    Fp8Linear,
-    NativeFp8,
-    fp8_layers,
-    scaled_product,
-)
+from megaphi.precision.fp8 import Fp8Linear, NativeFp8, scaled_product
+from megaphi.precision.fp8_choice import fp8_layers
 from megaphi.precision.policy import DeviceFacts, resolve
 from megaphi.precision.scaling import E4M3, E5M2, GRADIENT, INPUT
+from megaphi.training.parallelize import parallelize, release_gathered_weights, send_gradients
 
 TOLERANCE = {"forward": 0.045, "grad_x": 0.07, "grad_weight": 0.07}
 """Relative errors. Rounding to m bits of mantissa is off by 2^-m / sqrt(12) in the mean square,

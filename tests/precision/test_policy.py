@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megaphi.config import Data, Parallel, Precision, Recipe, Train
-from megaphi.training.engine import Engine
 from megaphi.precision.policy import (
     DeviceFacts,
     check_pipeline,
@@ -16,6 +15,7 @@ from megaphi.precision.policy import (
     resolve,
     why_not_fp8,
 )
+from megaphi.training.engine import Engine
 
 
 def gpu(name: str, capability: tuple[int, int], cuda: tuple[int, int] = (12, 9)) -> DeviceFacts:

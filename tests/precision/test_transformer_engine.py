@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megaphi.config import Model, Precision
 from megaphi.model.linear import Linear
 from megaphi.model.phi import Phi
-from megaphi.precision.fp8 import fp8_layers
+from megaphi.precision.fp8_choice import fp8_layers
 from megaphi.precision.policy import DeviceFacts, resolve
 from megaphi.precision.transformer_engine import TransformerEngineFp8, TransformerEngineLinear
 

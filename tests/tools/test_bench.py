@@ -46,7 +46,7 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def without_megatron(name: str) -> str | None:
-    return None if name == "megatron-core" else tools.bench.command.package_version(name)
+    return None if name == "megatron-core" else tools.bench.machine.package_version(name)
 
 
 def check_rows(report: dict[str, Any], groups: list[str]) -> None:
@@ -85,7 +85,7 @@ def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> No
     missing += [
         packages[name]
         for name in ("gigatoken", "datatrove")
-        if tools.bench.command.package_version(name) is None
+        if tools.bench.machine.package_version(name) is None
     ]
     given = [name for name in rows if "Megatron-LM" in name]
     expected = dict.fromkeys(missing, "not installed")
@@ -105,7 +105,8 @@ def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> No
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    tools.bench.command.package_version("megatron-core") is None, reason="megatron-core is not installed"
+    tools.bench.machine.package_version("megatron-core") is None,
+    reason="megatron-core is not installed",
 )
 def test_megatron_core_gives_the_same_results(words: list[str], capsys) -> None:
     wanted = GROUPS[-3:]
@@ -130,7 +131,9 @@ def test_a_peer_that_fails_does_not_stop_the_others(
     assert first["amount"] == 50
     assert second["problem"] == "failed: no_such_measure: KeyError: 'no_such_measure'"
     groups = (
-        tools.bench.data.command.Group("g", "samples/s", 1.0, (broken.__class__("o", "none", ours=True),)),
+        tools.bench.data.command.Group(
+            "g", "samples/s", 1.0, (broken.__class__("o", "none", ours=True),)
+        ),
     )
     monkeypatch.setattr(tools.bench.data.command, "GROUPS", groups)
     assert main(words) == 1  # ours must not fail
@@ -158,14 +161,14 @@ def test_the_commit_is_that_of_the_checkout_only(tmp_path: Path) -> None:
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    assert tools.bench.command.git_commit(tmp_path) is None
+    assert tools.bench.machine.git_commit(tmp_path) is None
     git("init", "--quiet")
     (tmp_path / "inside").mkdir()
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "--quiet", "--message", "first")
     commit = git("rev-parse", "HEAD")
-    assert tools.bench.command.git_commit(tmp_path) == commit
-    assert tools.bench.command.git_commit(tmp_path / "inside") is None
+    assert tools.bench.machine.git_commit(tmp_path) == commit
+    assert tools.bench.machine.git_commit(tmp_path / "inside") is None
     (tmp_path / "file").write_text("2")
-    assert tools.bench.command.git_commit(tmp_path) == f"{commit}-dirty"
+    assert tools.bench.machine.git_commit(tmp_path) == f"{commit}-dirty"

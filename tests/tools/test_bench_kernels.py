@@ -133,7 +133,9 @@ def test_a_wrong_result_of_ours_fails_the_call(monkeypatch, tmp_path: Path, caps
     def halved(x: Tensor, bias: Tensor) -> Tensor:
         return torch.nn.functional.gelu(x + bias, approximate="tanh") / 2
 
-    monkeypatch.setattr("tools.bench.kernels.command.providers_of", lambda *_: {"eager": lambda: halved})
+    monkeypatch.setattr(
+        "tools.bench.kernels.command.providers_of", lambda *_: {"eager": lambda: halved}
+    )
     words = ["bench", "kernels", "--out", str(tmp_path), "--operations", "bias_gelu"]
     assert main(words) == 1
     assert "FAILED bias_gelu: eager: wrong: relative error 0.5" in capsys.readouterr().out

@@ -13,15 +13,6 @@ import pytest
 from megaphi.config import Data, Recipe, Train
 from megaphi.data.indexed import IndexedDataset
 from tests.helpers import REPOSITORY
-from tools.bench.train.profile import (
-    CATEGORIES,
-    Event,
-    busy_time,
-    category,
-    device_events,
-    host_events,
-    split,
-)
 from tools.bench.train.command import (
     Configuration,
     compare,
@@ -32,6 +23,15 @@ from tools.bench.train.command import (
     run_worker,
     table,
     write_language,
+)
+from tools.bench.train.profile import (
+    CATEGORIES,
+    Event,
+    busy_time,
+    category,
+    device_events,
+    host_events,
+    split,
 )
 from tools.cli import main
 
@@ -142,7 +142,7 @@ def test_only_the_work_of_a_trace_counts() -> None:
 
 
 def options(*words: str) -> Any:
-    from tools.bench.command import _parser
+    from tools.bench.train.command import _parser
 
     return _parser().parse_args(["train", "--out", "x", *words])
 

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megaphi.config import Model
 from megaphi.formats.hf_config import config_to_hugging_face
 from megaphi.formats.weights import CheckpointWeights, write_weights_checkpoint
-from megaphi.config import Model
 from megaphi.generate import generate
 from megaphi.model.phi import Phi, parameter_shapes
 from tools.cli import main

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megaphi.config import Model
 from megaphi.formats import weight_files
 from megaphi.formats.weight_files import PendingTensor, write_safetensors
 from megaphi.formats.weights import write_weights_checkpoint
-from megaphi.config import Model
 from megaphi.model.phi import Phi
 from tests.helpers import toy_options
 from tools.cli import main

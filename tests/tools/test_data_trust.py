@@ -10,10 +10,10 @@ import pytest
 
 from tests.data_pipeline.record_files import read, write_records
 from tools import cli
-from tools.data.command.verbs import dedup as data_dedup
-from tools.data.command.options import stage as data_stage
-from tools.data.command import make_parser
+from tools.data.options import stage as data_stage
+from tools.data.parser import make_parser
 from tools.data.run.command import stage_parsers
+from tools.data.verbs import dedup as data_dedup
 
 
 def call(*arguments: object) -> int:

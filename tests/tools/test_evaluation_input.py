@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.config import Model
+from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.model.phi import parameter_shapes
 from tests.helpers import write_byte_tokenizer
 from tests.isolation import needs_sandbox

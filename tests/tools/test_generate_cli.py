@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 import torch
 
-from megaphi.formats.weights import load_model, write_weights_checkpoint
 from megaphi.config import Model
+from megaphi.formats.weights import load_model, write_weights_checkpoint
 from megaphi.generate import generate
 from megaphi.model.phi import Phi
 from tests.helpers import child_environment, write_byte_tokenizer

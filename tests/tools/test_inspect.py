@@ -16,10 +16,10 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.config import Model
 from megaphi.data.indexed import IndexedDatasetWriter, token_file_paths
 from megaphi.data.sidecar import TokenFileInfo, write_info
+from megaphi.formats.weights import write_weights_checkpoint
 from megaphi.model.phi import Phi
 from tests.helpers import REPOSITORY, child_environment, metrics, toy_options
 from tools.cli import main

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.durable import write_durably
 from megaphi.errors import RunError
+from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from tools.evaluation.report import draw
 
 SCORES_NAME = "scores.jsonl"

@@ -18,21 +18,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.sandbox.executor import judge_all
+from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
+from megaphi.durable import write_durably
 from megaphi.formats.manifest import (
     MANIFEST_NAME,
     CheckpointError,
     digest_file,
     find_checkpoints,
 )
-from megaphi.durable import write_durably
 from tools.evaluation.checkpoints import Curve, progress_of
 from tools.evaluation.completions import Sampling, complete, open_backend, read_completions
-from data_pipeline.sandbox.executor import judge_all
 from tools.evaluation.report import read_similarity, render, summarise
-from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
 from tools.evaluation.store import Key, RowFile, open_directory
 from tools.evaluation.suites import Problem, Suite, load_suite
-from tools.generate import check_sampling, choose_device, tokenizer_file
+from tools.model_options import check_sampling, choose_device, tokenizer_file
 from tools.threads import wait_without_spinning
 
 

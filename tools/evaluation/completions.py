@@ -138,7 +138,7 @@ class PhiBackend:
     ) -> None:
         from megaphi.formats.tokenizer_files import end_of_text_id, find_tokenizer
         from megaphi.formats.weights import load_source
-        from tools.generate import load_tokenizer
+        from tools.model_options import load_tokenizer
 
         folder = tokenizer_dir or find_tokenizer(source)
         self._tokenizer = load_tokenizer(folder, source)

@@ -113,7 +113,7 @@ def _head(
     directory = Path(f"{prefix}.tokenizer")
     tokenizer = None
     if (directory / "tokenizer.json").is_file():
-        from tools.generate import load_tokenizer
+        from tools.model_options import load_tokenizer
 
         tokenizer = load_tokenizer(directory, directory)
     shown = []

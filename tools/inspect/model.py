@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaphi.errors import RunError
 from megaphi.formats.manifest import (
     CheckpointError,
     check_strangers,
@@ -20,7 +21,6 @@ from megaphi.formats.manifest import (
     verify_checkpoint,
     verify_files,
 )
-from megaphi.errors import RunError
 from megaphi.metrics.logger import METRICS_NAME, metric_rows
 
 _TENSOR_SUFFIX = ".safetensors"

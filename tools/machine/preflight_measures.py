@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from megaphi import __version__
-from megaphi.formats.manifest import find_checkpoints
 from megaphi.config import Recipe
 from megaphi.durable import sync, write_durably
+from megaphi.formats.manifest import find_checkpoints
 from megaphi.model.phi import num_parameters
 
 # Names of a field in newer and older drivers; the first set that nvidia-smi accepts is used.

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megaphi.errors import RunError
-from tools.bench.command import package_version, run_child
 from tools.bench.data.measures import BLEND_WEIGHTS, MICRO_BATCH_SIZE, SEQUENCE_LENGTH
 from tools.bench.data.rows import GROUPS, MEGATRON_LM, Group, Tool
+from tools.bench.machine import package_version, run_child
 
 
 def run_data(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -80,8 +80,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Copy the source's first files, ingest them, and save the tokenizer; describe the corpus."""
-    from data_pipeline.runner.stage import Options, run_stage
     from data_pipeline.ingest.stage import IngestOptions, plan_ingest
+    from data_pipeline.runner.stage import Options, run_stage
     from data_pipeline.tokens.tokenizer import load_tokenizer
 
     load_tokenizer(options.tokenizer).save(work / "tokenizer")

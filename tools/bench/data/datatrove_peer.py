@@ -1,6 +1,7 @@
 """datatrove's near-deduplication with its own defaults, for `megaphi bench data`.
 
-Called as `python -m tools.bench.data.datatrove_peer DIR WORKERS`: JSONL files in DIR/in, results in DIR/out.
+Called as `python -m tools.bench.data.datatrove_peer DIR WORKERS`: JSONL files in DIR/in, results in
+DIR/out.
 """
 
 import sys

@@ -4,8 +4,8 @@ A fresh process for every single measurement means that no cache of a tokenizer 
 allocated by the one before, and a peer's slow or noisy import cannot disturb anybody. The peers
 that run in memory are here; Megatron-Core's are in `megatron_peer.py`.
 
-Called as `python -m tools.bench.data.measures REQUEST.json`: the request names the measurement and its
-sizes, and where the result goes.
+Called as `python -m tools.bench.data.measures REQUEST.json`: the request names the measurement
+and its sizes, and where the result goes.
 """
 
 import hashlib
@@ -113,8 +113,8 @@ def made_up_lengths(num_tokens: int) -> NDArray[np.int32]:
 
 def texts_of(request: Request) -> list[str]:
     """All texts of the records directory, in memory."""
-    from data_pipeline.runner.output import read_manifest
     from data_pipeline.records.record import read_part
+    from data_pipeline.runner.output import read_manifest
 
     records = Path(request["records"])
     parts = [records / part.name for part in read_manifest(records).parts]

@@ -28,7 +28,7 @@ from megaphi.config import Recipe
 from megaphi.data.indexed import IndexedDatasetWriter, optimal_dtype
 from megaphi.metrics.flops import flops_per_token, peak_flops
 from megaphi.recipe_file import load_recipe
-from tools.bench.command import ROOT, child_environment
+from tools.bench.machine import ROOT, child_environment
 
 PEERS = ("transformers", "transformers-eager")
 _TINY = {

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megaphi.formats.hf_config import config_to_hugging_face
 from megaphi.config import Recipe
 from megaphi.data.loader import MicroBatch, read_samples, to_micro_batch, train_dataset
+from megaphi.formats.hf_config import config_to_hugging_face
 from megaphi.metrics.meter import StepTimer
 from megaphi.recipe_file import load_recipe
-from tools.bench.train.worker import measure
+from tools.bench.train.measure import measure
 
 
 def build(recipe: Recipe, device: torch.device) -> torch.nn.Module:

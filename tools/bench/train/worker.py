@@ -7,8 +7,6 @@ the trainer itself: its model, loader, optimizer and step, without reports and c
 
 import json
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ import torch
 from megaphi.config import Recipe
 from megaphi.data.loader import Loader
 from megaphi.metrics.logger import RunLogger
-from megaphi.metrics.meter import peak_memory_gib
 from megaphi.optim.adamw import local
 from megaphi.parallel.mesh import Mesh, processes
 from megaphi.precision.policy import facts_of, resolve
 from megaphi.recipe_file import load_recipe
 from megaphi.training.trainer import Trainer
-from tools.bench.train.profile import split_of_trace
+from tools.bench.train.measure import measure
 
 
 class BenchTrainer(Trainer):
@@ -66,75 +63,6 @@ class BenchTrainer(Trainer):
             return lambda: metrics.numbers.values()[0]
 
         self.result = measure(step, self.request, self.mesh.device, self.reporter.timer.seconds)
-
-
-def measure(
-    step: Callable[[], Callable[[], float]],
-    request: dict[str, Any],
-    device: torch.device,
-    read_seconds: Callable[[], float],
-) -> dict[str, Any]:
-    """Warm up, time and profile steps.
-
-    Args:
-        step: runs one, and returns a function that waits for its loss.
-        request: `warmup_steps`, `steps` and `profile_steps`.
-        device: where the steps run.
-        read_seconds: duration of the oldest step that was not asked for yet.
-
-    Returns:
-        Losses and seconds of every timed step, seconds of all of them by the host's clock, of the
-        first step, peak memory, and the profile.
-    """
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    started = time.perf_counter()
-    warmup_losses = [step()() for _ in range(request["warmup_steps"])]
-    for _ in warmup_losses:
-        read_seconds()
-    wait()
-    warmup_seconds, started = time.perf_counter() - started, time.perf_counter()
-    losses = [step() for _ in range(request["steps"])]
-    wait()
-    seconds = time.perf_counter() - started
-    result = {
-        "warmup_losses": warmup_losses,
-        "warmup_seconds": warmup_seconds,
-        "losses": [loss() for loss in losses],
-        "wall_seconds": seconds,
-        "step_seconds": [read_seconds() for _ in losses],
-        "peak_memory_gib": peak_memory_gib(device),
-    }
-    if device.type == "cuda":
-        result["reserved_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    if request["profile_steps"] > 0:
-        result["profile"] = profile(step, request["profile_steps"], device)
-    return result
-
-
-def profile(
-    step: Callable[[], Callable[[], float]], steps: int, device: torch.device
-) -> dict[str, Any]:
-    """Split some steps, after one that is not looked at, by kind of work."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        kinds = [torch.profiler.ProfilerActivity.CUDA]
-    # the profiler's own start slows the first steps under it
-    with torch.profiler.profile(activities=kinds):
-        step()()
-    with torch.profiler.profile(activities=kinds) as profiler:
-        losses = [step() for _ in range(steps)]
-        for loss in losses:
-            loss()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return split_of_trace(path, steps)
 
 
 def measure_ours(request: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.runner.stage import Options
     from data_pipeline.llm.batch.run import Batching
-    from data_pipeline.generation.stage import Estimate
     from data_pipeline.llm.ledger import Ledger
     from data_pipeline.llm.prices import Price
-    from data_pipeline.llm.session import Sending, Server
+    from data_pipeline.llm.session import Estimate, Sending, Server
     from data_pipeline.runner.output import Manifest
+    from data_pipeline.runner.stage import Options
 
 OPENAI_VARIABLE, OTHER_VARIABLE = "OPENAI_API_KEY", "MEGAPHI_API_KEY"
 

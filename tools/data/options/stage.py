@@ -33,6 +33,24 @@ def add_stage_parser(
     return parser
 
 
+def add_file_verb(
+    verbs: Any, name: str, text: str, run: Callable[[argparse.Namespace], Any], out: str
+) -> argparse.ArgumentParser:
+    """Add a verb that writes files rather than records: `--out`, `--overwrite`, `--json`."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=text,
+        description=text,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--out", required=True, metavar=out, type=Path, help="what to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace another output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+    return parser
+
+
 def add_output(parser: argparse.ArgumentParser, *, max_reject: float) -> None:
     """Add the options of every verb that publishes a records directory.
 
@@ -146,3 +164,15 @@ def stage_result(
         f"{manifest.text_bytes / 1e6 / seconds:.1f} MB/s"
     )
     return result, line
+
+
+def seconds_and_rate(started: float, size: int) -> str:
+    """`1.2 s, 25.3 MB/s` since `started` for `size` bytes."""
+    seconds = max(time.monotonic() - started, 1e-9)
+    return f"{seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
+
+
+def reasons(rejected: dict[str, int]) -> str:
+    """`12 rejected (empty 10, utf8 2)`."""
+    counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+    return f"{sum(rejected.values())} rejected" + (f" ({counts})" if counts else "")

@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ _TABLE = "{:<{width}}  {:<15}  {:>9}  {:>12}  {:>8}  {:>8}  {}"
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the verb."""
+    """Add the verb to those of the stages, which are there already and which it runs."""
+    stages: dict[str, argparse.ArgumentParser] = dict(subparsers.choices)
     text = "a recipe of stages -> a corpus: reuses what is done, goes on where it was killed"
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "run",
@@ -65,19 +67,18 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--workers", type=int, metavar="N", help="shards at a time, see the stages")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, stages))
 
 
-def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def run(
+    verbs: Mapping[str, argparse.ArgumentParser], arguments: argparse.Namespace
+) -> tuple[dict[str, Any], str]:
     """Run the verb; returns the JSON object and the table to print.
 
     Raises:
         ValueError, FileNotFoundError: the recipe is wrong.
         RunError: see the verbs of the stages.
     """
-    from tools.data.command import make_parser
-
-    verbs = stage_parsers(make_parser())
     recipe = read_recipe(arguments.recipe, verbs, settings=arguments.set, work=arguments.work)
     if arguments.estimate:
         return estimate(recipe, verbs, arguments.workers)
@@ -92,12 +93,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for call in stages:
         _check_files(recipe, call, verbs[call.verb])
     return _Runner(recipe, verbs, quiet=arguments.json).run(stages, commands)
-
-
-def stage_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of the verbs that can be stages."""
-    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return {name: verb for name, verb in action.choices.items() if name != "run"}
 
 
 def _selected(recipe: CorpusRecipe, only: str | None, first: str | None) -> list[StageCall]:

@@ -76,8 +76,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         FileNotFoundError, ValueError, RunError: see `plan_decontaminate` and `run_stage`.
     """
     from data_pipeline.decontaminate.benchmarks import Fields
-    from data_pipeline.decontaminate.stage import DecontaminateOptions, plan_decontaminate
     from data_pipeline.decontaminate.report import read_report, report_text
+    from data_pipeline.decontaminate.stage import DecontaminateOptions, plan_decontaminate
     from data_pipeline.runner.stage import run_stage
 
     started = time.monotonic()

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from data_pipeline.generation.execute import COUNT_NAME, ENTRY, Ran, plan_execute
-from tools.data.options.stage import add_stage_parser, stage_options, stage_result
 from data_pipeline.sandbox.program_test import ProgramTest
 from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
+from tools.data.options.stage import add_stage_parser, stage_options, stage_result
 
 # The test is ours and runs outside of the program's process.
 _TEST = ProgramTest(code=f"said = {ENTRY}()\nassert said == '', said\n", entry_point=ENTRY)

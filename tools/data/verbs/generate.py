@@ -1,4 +1,4 @@
-"""`megaphi data plan-generation` and `megaphi data generate`: textbooks and exercises."""
+"""`megaphi data generate`: a language model writes textbooks and exercises."""
 
 import argparse
 import time
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.data.command.verbs import execute as data_execute
 from tools.data.options.executor import HelpFormatter
 from tools.data.options.llm import (
     add_server,
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(verbs: Any) -> None:
-    """Add the verbs of generation, and of running what was generated."""
-    _add_plan(verbs)
-    data_execute.add_parser(verbs)
+    """Add the verb."""
     text = "a plan -> records: textbook sections and exercises written by a language model"
     parser: argparse.ArgumentParser = verbs.add_parser(
         "generate",
@@ -68,53 +65,6 @@ def add_parser(verbs: Any) -> None:
     add_output(parser, max_reject=0.5)
     add_server(parser)
     parser.set_defaults(run=run)
-
-
-def _add_plan(verbs: Any) -> None:
-    text = "lists of topics, audiences, names, ... -> a plan of what to generate"
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        "plan-generation",
-        help=text,
-        description=text,
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--kind", required=True, choices=("textbooks", "exercises"))
-    parser.add_argument("--samples", type=int, required=True, metavar="N")
-    parser.add_argument("--lists", type=Path, metavar="FILE", help="YAML: FIELD: [VALUE, ...]")
-    parser.add_argument("--seed", type=int, default=1234, metavar="S")
-    parser.add_argument("--out", required=True, type=Path, metavar="PLAN.jsonl")
-    parser.add_argument("--overwrite", action="store_true", help="replace another file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run_plan)
-
-
-def run_plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Write a plan; returns the JSON result and the line of text.
-
-    Raises:
-        ValueError, FileNotFoundError: a list cannot be used, or has too few values.
-    """
-    from data_pipeline.generation.plan import default_lists, make_plan, read_lists, write_plan
-
-    kind = arguments.kind.removesuffix("s")
-    lists = default_lists(kind)
-    if arguments.lists is not None:
-        lists |= read_lists(arguments.lists, kind)
-    entries = make_plan(kind, arguments.samples, lists, arguments.seed)
-    count, sha256, reused = write_plan(arguments.out, entries, overwrite=arguments.overwrite)
-    sizes = {field: len(values) for field, values in lists.items()}
-    result = {
-        "verb": "plan-generation",
-        "out": str(arguments.out),
-        "reused": reused,
-        "samples": count,
-        "lists": sizes,
-        "sha256": sha256,
-    }
-    listed = " x ".join(f"{size} {field}" for field, size in sizes.items())
-    did = "reused" if reused else "planned"
-    return result, f"{did} {arguments.out}: {count} {arguments.kind} from {listed}"
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -175,8 +125,8 @@ def _writing(arguments: argparse.Namespace) -> "Writing":
     Raises:
         ValueError, FileNotFoundError: the template cannot be used.
     """
-    from data_pipeline.generation.stage import Writing
     from data_pipeline.generation.plan import read_plan
+    from data_pipeline.generation.stage import Writing
     from data_pipeline.llm.prompts import DEFAULT_PROMPTS, check_template
 
     prompts = dict(DEFAULT_PROMPTS)

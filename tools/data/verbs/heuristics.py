@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Raises:
         FileNotFoundError, ValueError, RunError: see `plan_heuristics` and `run_stage`.
     """
-    from data_pipeline.runner.stage import run_stage
     from data_pipeline.heuristics.stage import HeuristicsOptions, plan_heuristics
+    from data_pipeline.runner.stage import run_stage
 
     started = time.monotonic()
     options = HeuristicsOptions(

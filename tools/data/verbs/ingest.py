@@ -104,9 +104,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """
     from dataclasses import replace
 
-    from data_pipeline.runner.stage import run_stage
-    from data_pipeline.ingest.stage import IngestOptions, plan_ingest
     from data_pipeline.ingest.licenses import FilterFiles
+    from data_pipeline.ingest.stage import IngestOptions, plan_ingest
+    from data_pipeline.runner.stage import run_stage
 
     started = time.monotonic()
     stage, work = plan_ingest(

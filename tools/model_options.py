@@ -1,0 +1,69 @@
+"""Options that verbs which load a model share: device, number format, tokenizer, sampling."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise a `ValueError` for options of sampling that are out of range."""
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"--temperature must be 0 or above, not {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}")
+
+
+def choose_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
+    """Resolve `auto`: the GPU if there is one; bf16 there and fp32 on a CPU.
+
+    Raises:
+        ValueError: the device is not a name that PyTorch knows, or is not there.
+    """
+    import torch
+
+    from megaphi.formats.files import DTYPE_NAMES
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from None
+    if dtype == "auto":
+        dtype = "fp32" if chosen.type == "cpu" else "bf16"
+    return chosen, DTYPE_NAMES[dtype]
+
+
+def tokenizer_file(directory: Path) -> Path:
+    """tokenizer.json of a directory.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: no tokenizer.json; name its directory with --tokenizer DIR")
+    return path
+
+
+def load_tokenizer(tokenizer_dir: Path | None, source: Path) -> Any:
+    """Load tokenizer.json; text that looks like a special token stays text.
+
+    Raises:
+        ValueError: there is none, or it is not readable.
+    """
+    path = tokenizer_file(tokenizer_dir or source)
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
