@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from data_pipeline.decontaminate import embedding_distance
 from data_pipeline.decontaminate.benchmarks import Fields, Problem, load_benchmarks
 from data_pipeline.decontaminate.embedding_distance import (
     EmbeddingTable,
     embedding_spec,
     problem_text,
 )
-from data_pipeline.decontaminate.stage import embedding_distance
 from data_pipeline.quality.features import BUCKETS, open_features
 from tests.data_pipeline.record_files import read, write_records
 from tests.data_pipeline.test_decontaminate import (

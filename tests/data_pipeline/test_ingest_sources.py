@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.ingest.stage import IngestOptions, plan_ingest, rows
+from data_pipeline.ingest import rows
+from data_pipeline.ingest.stage import IngestOptions, plan_ingest
 from data_pipeline.records.jsonl import read_lines
 from data_pipeline.runner.output import Manifest
 from data_pipeline.runner.stage import Options, run_stage

@@ -8,10 +8,11 @@ from xml.sax.saxutils import quoteattr
 
 import pytest
 
+from data_pipeline.ingest import stackoverflow
 from data_pipeline.ingest.html_text import html_to_text
 from data_pipeline.ingest.licenses import FilterFiles
 from data_pipeline.ingest.stackoverflow import parse_rows
-from data_pipeline.ingest.stage import IngestOptions, plan_ingest, stackoverflow
+from data_pipeline.ingest.stage import IngestOptions, plan_ingest
 from data_pipeline.runner.output import Manifest
 from data_pipeline.runner.stage import Options, run_stage
 from megaphi.errors import RunError

@@ -365,7 +365,7 @@ def test_a_batch_under_way_is_not_forgotten(
 
 
 def test_one_that_never_ends_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_pipeline.llm.batch.batcher import run as batch_run
+    from data_pipeline.llm.batch import run as batch_run
 
     real = batch_run.Batching.__init__
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("openai")
 
-from data_pipeline.llm.batch.batcher import client as batch_client
+from data_pipeline.llm.batch import client as batch_client
 from data_pipeline.llm.batch.client import BatchClient
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.secrets import Redactor, Secret

@@ -18,7 +18,6 @@ import yaml
 from megaphi.data.indexed import IndexedDataset
 from tools.cli import main
 from tools.data.parser import make_parser
-from tools.data.run.command import stage_parsers
 from tools.data.run.estimate import MB_PER_CPU_SECOND
 from tools.data.run.recipe import read_recipe
 from tools.data.verbs import dedup as data_dedup
@@ -439,6 +438,6 @@ def test_two_runs_of_other_stages_both_remember_what_they_made(
 
 
 def test_reading_a_recipe_does_not_need_its_work_directory(recipe: Path) -> None:
-    calls = read_recipe(recipe, stage_parsers(make_parser())).stages
+    calls = read_recipe(recipe, make_parser()[1].choices).stages
     assert [call.name for call in calls][:2] == ["raw", "unique"]
     assert calls[2].inputs == ("unique", "raw")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.heuristics import secrets
 from data_pipeline.heuristics.secrets import (
     LONG_WORD,
     PLUGINS,
@@ -25,7 +26,6 @@ from data_pipeline.heuristics.secrets import (
     scan,
 )
 from data_pipeline.heuristics.signals import compute_signals
-from data_pipeline.heuristics.stage import secrets
 from tests.data_pipeline.test_secrets import LOOK_ALIKES, assigned, planted
 
 QUICK = settings(
