@@ -71,6 +71,8 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "test": [
             "hypothesis>=6",
+            # checks the direction of imports
+            "import-linter>=2.5",
             "mypy>=1.15",
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -80,5 +82,5 @@ setup(
             "numpy<2.4",
         ],
     },
-    entry_points={"console_scripts": ["megaphi=tools.cli:main"]},
+    entry_points={"console_scripts": ["megaphi=megaphi.__main__:main"]},
 )

@@ -67,7 +67,7 @@ bench() { # VERB NAME LIMIT OPTIONS…
     shift 3
     own=$((factor * limit < left ? factor * limit : left))
     # it stops by itself before it would be stopped, so that what it has is written down
-    SHOWN=25 part "$name" "$limit" "$PYTHON" -m tools.cli bench "$verb" --out "$all" \
+    SHOWN=25 part "$name" "$limit" "$PYTHON" -m megaphi bench "$verb" --out "$all" \
         --result-name "$name" --seconds $((own - own / 5)) "$@"
 }
 
@@ -85,8 +85,8 @@ fi
 
 # shellcheck disable=SC2086  # options of several words
 {
-    part doctor 60 bash -c "'$PYTHON' -m tools.cli doctor --json >'$out/doctor.json' &&
-        '$PYTHON' -m tools.cli doctor"
+    part doctor 60 bash -c "'$PYTHON' -m megaphi doctor --json >'$out/doctor.json' &&
+        '$PYTHON' -m megaphi doctor"
     bench train headline 170 --precisions "$base,$fp8" --dropout 0,0.1 --kernels "$ours" \
         --micro-batches "$batches" $steps $quick
     part gpu-tests 150 "${test_command[@]}" -m pytest -p no:cacheprovider -rs --durations=10 \

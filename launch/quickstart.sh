@@ -18,7 +18,7 @@ make_environment data eval
 # OpenMP threads that wait by spinning starve each other where anything else runs: with one busy
 # neighbour on two cores, 5,600 tokens/s with this and 3,200 without; 4% lost on a quiet machine
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
-megaphi() { "$PYTHON" -m tools.cli "$@"; }
+megaphi() { "$PYTHON" -m megaphi "$@"; }
 
 say "1/4 corpus: the standard library of $("$PYTHON" --version) -> records, tokenizer, tokens"
 library="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"

@@ -16,6 +16,8 @@ say "ruff"
 "$PYTHON" -m ruff check .
 say "mypy"
 "$PYTHON" -m mypy
+say "import contract"
+PYTHONPATH=. "$VENV/bin/lint-imports" --no-cache | tail -n 12
 say "pytest"
 workers="${MEGAPHI_TEST_WORKERS:-$("$PYTHON" -c 'import os; print(min(8, os.cpu_count() or 1))')}"
 "$PYTHON" -m pytest -n "$workers" --dist loadscope "$@"

@@ -156,14 +156,14 @@ run_ranks() { # port offset, command…: one process for each GPU; returns the s
 
 status=0
 if [ "${PREFLIGHT:-1}" != 0 ]; then
-    run_ranks 1 "$PYTHON" -m tools.cli preflight "$@" || status=$?
+    run_ranks 1 "$PYTHON" -m megaphi preflight "$@" || status=$?
 fi
 follower=""
 if [ -n "${EVALUATE:-}" ] && [ "$status" -eq 0 ] && [ "${NODE:-0}" -eq 0 ]; then
     run_dir="$("$PYTHON" -c 'import sys
 from megaphi.recipe_file import load_recipe
 print(load_recipe(sys.argv[1:]).train.run_dir)' "$@")" || exit 2
-    "$PYTHON" -m tools.cli evaluate "$run_dir" --suite "$EVALUATE" --follow \
+    "$PYTHON" -m megaphi evaluate "$run_dir" --suite "$EVALUATE" --follow \
         --device "${EVALUATE_DEVICE:-cpu}" >&2 &
     follower=$!
 fi

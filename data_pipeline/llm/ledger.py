@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.llm.batch.journal import Member, OpenBatch, apply_batch_line
+from data_pipeline.llm.batch_journal import Member, OpenBatch, apply_batch_line
 from data_pipeline.llm.prices import dollars
 from data_pipeline.records.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
 from megaphi.errors import RunError

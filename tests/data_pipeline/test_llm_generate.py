@@ -262,7 +262,7 @@ def test_killed_and_resumed_pays_for_nothing_twice(tmp_path: Path) -> None:
 
     with ScriptedServer(script) as server:
         arguments = generate(plan, server.url, out, "--in-flight", "4", "--max-cost", "1000")
-        command = [sys.executable, "-m", "tools.cli", *arguments]
+        command = [sys.executable, "-m", "megaphi", *arguments]
         killed = []
         for _ in range(2):
             kill_at.clear()
@@ -310,7 +310,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     with ScriptedServer(script) as server:
         arguments = generate(plan, server.url, out, "--in-flight", "1", "--max-cost", "100")
         process = subprocess.Popen(
-            [sys.executable, "-m", "tools.cli", *arguments],
+            [sys.executable, "-m", "megaphi", *arguments],
             env=child_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -212,7 +212,7 @@ def test_the_cap_holds_over_kills_even_when_the_server_never_answers(tmp_path: P
         for _ in range(8):
             seen = len(server.asked)
             process = subprocess.Popen(
-                [sys.executable, "-m", "tools.cli", *arguments],
+                [sys.executable, "-m", "megaphi", *arguments],
                 env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
             while process.poll() is None and len(server.asked) < seen + 3:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.llm.batch.journal import Member
+from data_pipeline.llm.batch_journal import Member
 from data_pipeline.llm.ledger import Answer, CostCapReached, Ledger
 from data_pipeline.llm.prices import Price, read_prices
 from megaphi.errors import RunError

@@ -243,7 +243,7 @@ def test_training_a_tokenizer_is_deterministic_and_laid_out_as_codegen(
     # Another process: the library's hash maps are seeded anew there.
     arguments = [records, "--vocab-size", 340, "--out", tmp_path / "two"]
     subprocess.run(
-        [sys.executable, "-m", "tools.cli", "data", "train-tokenizer", *map(str, arguments)],
+        [sys.executable, "-m", "megaphi", "data", "train-tokenizer", *map(str, arguments)],
         env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
         check=True,
         timeout=60,

@@ -243,7 +243,7 @@ def test_killed_evaluation_leaves_no_process(tmp_path: Path) -> None:
     suite, rows = tmp_path / "suite.jsonl", tmp_path / "rows.jsonl"
     suite.write_text(SUITE)
     rows.write_text('{"task_id": "1", "completion": "    while True: pass\\n"}\n')
-    command = [sys.executable, "-m", "tools.cli", "evaluate", "--completions", str(rows)]
+    command = [sys.executable, "-m", "megaphi", "evaluate", "--completions", str(rows)]
     command += ["--suite", str(suite), "--out", str(tmp_path / "out"), "--timeout", "60"]
     child = subprocess.Popen(command)
     deadline = time.monotonic() + 60

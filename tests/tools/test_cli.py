@@ -95,3 +95,19 @@ def test_a_foreign_kernels_package_is_named(tmp_path: Path) -> None:
     assert "another package called kernels" in done.stderr
     assert str(tmp_path / "kernels") in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["tools", "kernels", "data_pipeline"])
+def test_a_folder_with_a_package_of_the_same_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("raise SystemExit('not ours')")
+    done = subprocess.run(
+        [sys.executable, "-m", "megaphi", "inspect", "nothing"],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "nothing" in done.stderr

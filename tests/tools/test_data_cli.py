@@ -142,7 +142,7 @@ def test_the_hub_out_of_reach_is_one_line(tmp_path: Path, tree: Path, arguments:
         for argument in arguments
     ]
     ran = subprocess.run(
-        [sys.executable, "-m", "tools.cli", "data", *filled],
+        [sys.executable, "-m", "megaphi", "data", *filled],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

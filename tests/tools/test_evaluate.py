@@ -249,7 +249,7 @@ def test_killed_evaluation_continues(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     options = ["--completions", str(completions), "--suite", str(suite), "--out", str(out)]
     child = subprocess.Popen(
-        [sys.executable, "-m", "tools.cli", "evaluate", *options, "--workers", "1"],
+        [sys.executable, "-m", "megaphi", "evaluate", *options, "--workers", "1"],
         cwd=REPOSITORY,
         env=child_environment(),
     )

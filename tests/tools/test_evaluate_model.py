@@ -216,7 +216,7 @@ def test_a_follower_scores_checkpoints_as_they_appear_and_survives_its_death(
         (run_dir / f".{name}").rename(run_dir / name)
 
     with subprocess.Popen(
-        [sys.executable, "-m", "tools.cli", *command], env=child_environment()
+        [sys.executable, "-m", "megaphi", *command], env=child_environment()
     ) as follower:
         run_dir.mkdir()
         publish("step-00000005")

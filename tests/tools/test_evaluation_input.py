@@ -150,7 +150,7 @@ def test_follow_says_that_it_waits(tmp_path: Path) -> None:
     suite = write(tmp_path / "suite.jsonl", ROW)
     words = ["evaluate", str(tmp_path / "never"), "--suite", str(suite), "--follow"]
     follower = subprocess.Popen(
-        [sys.executable, "-m", "tools.cli", *words, "--poll-seconds", "0.1"],
+        [sys.executable, "-m", "megaphi", *words, "--poll-seconds", "0.1"],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -200,7 +200,7 @@ def test_threads_sleep_while_they_wait(
     if policy is not None:
         environment["OMP_WAIT_POLICY"] = policy
     done = subprocess.run(
-        [sys.executable, "-m", "tools.cli", *words],
+        [sys.executable, "-m", "megaphi", *words],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -141,7 +141,7 @@ def test_a_stream_comes_in_pieces(model_dir: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error(model_dir: Path) -> None:
-    words = [sys.executable, "-m", "tools.cli", "generate", str(model_dir), "--device", "cpu"]
+    words = [sys.executable, "-m", "megaphi", "generate", str(model_dir), "--device", "cpu"]
     words += ["--prompt", "abc", "--max-new-tokens", "80", "--stream"]
     with subprocess.Popen(
         words, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -1,6 +1,6 @@
 """`megaphi preflight`: minutes of checks before days of training, on every process of the run.
 
-Started as the run will be, `torchrun … -m tools.cli preflight RECIPE`, or alone. All processes join
+Started as the run will be, `torchrun … -m megaphi preflight RECIPE`, or alone. All processes join
 over gloo, compare what they are, measure their device, the all-reduce and the shared storage, and
 reach one verdict. Exit status: 0 ready, 1 a check failed, 2 wrong call.
 """

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 
 from data_pipeline.llm.ask import BILLED_ATTEMPTS, OUTAGE, Failure, Outcome, Traffic
 from data_pipeline.llm.batch.client import ENDPOINT
-from data_pipeline.llm.batch.journal import Member
 from data_pipeline.llm.batch.run import TOO_MUCH, BatchRunner
+from data_pipeline.llm.batch_journal import Member
 from data_pipeline.llm.completion import Request
 from data_pipeline.llm.connection import CallError
 from megaphi.errors import RunError

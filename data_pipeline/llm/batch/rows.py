@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from data_pipeline.llm.batch.journal import Member
+from data_pipeline.llm.batch_journal import Member
 from data_pipeline.llm.completion import AnswerReader, Bounds
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Answer

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from data_pipeline.llm.ask import Policy, Traffic
 from data_pipeline.llm.batch.client import ENDED, BatchClient, BatchState
-from data_pipeline.llm.batch.journal import Member, OpenBatch
 from data_pipeline.llm.batch.rows import RowReader
+from data_pipeline.llm.batch_journal import Member, OpenBatch
 from data_pipeline.llm.completion import AnswerReader
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Ledger

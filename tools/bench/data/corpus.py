@@ -65,7 +65,7 @@ def _run(command: Sequence[str], **environment: str) -> None:
 
 
 def _megaphi(*words: str | Path) -> None:
-    _run([sys.executable, "-m", "tools.cli", *map(str, words)])
+    _run([sys.executable, "-m", "megaphi", *map(str, words)])
 
 
 def _not_compared(_: object) -> str:

@@ -198,7 +198,7 @@ def check_inputs_stay(arguments: argparse.Namespace) -> None:
 def _script(arguments: argparse.Namespace, argv: Sequence[str], missing: int) -> str:
     """The shell script that submits the jobs of a stage."""
     name, logs = f"megaphi-{argv[0]}", f"{arguments.out}.slurm"
-    plain = [sys.executable, "-m", "tools.cli", "data", *without_engine(argv)]
+    plain = [sys.executable, "-m", "megaphi", "data", *without_engine(argv)]
     workers = '--workers "${SLURM_CPUS_PER_TASK:-1}"'
     tasks = min(missing, arguments.workers or cores())
     options = "".join(f" {shlex.quote(option)}" for option in arguments.slurm_option)
