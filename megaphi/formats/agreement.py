@@ -43,21 +43,16 @@ def streamed_logits(weights: ModelWeights, tokens: Sequence[int]) -> Tensor:
         tokens: ids inside the vocabulary.
     """
     config = weights.config
-    tokens_bt = torch.tensor([tokens])
-    normed_nd = residual_nd = torch.empty(0)
+    stream: tuple[Tensor, ...] = (torch.tensor([tokens]),)
     for index in range(config.num_layers):
         with torch.device("meta"):
             part = Phi(config, layers=range(index, index + 1))
         part = part.to_empty(device="cpu").eval()
         for name, parameter in part.named_parameters():
             parameter.copy_(weights[name])
-        if part.embedding is not None:
-            normed_nd, residual_nd = part.embedding(tokens_bt.flatten())
-        batch = part.describe(tokens_bt.shape, tokens_bt.device, None)
-        normed_nd, residual_nd = part.run_blocks(normed_nd, residual_nd, batch)
-        if part.head is not None:
-            normed_nd = part.head(normed_nd)
-    return normed_nd
+        batch = part.describe(torch.Size((1, len(tokens))), stream[0].device)
+        stream = part.run(stream, batch)
+    return stream[0]
 
 
 def compare_logits(first: ModelWeights, second: ModelWeights, tokens: Sequence[int]) -> Agreement:

@@ -118,7 +118,7 @@ class Decoder:
 
     def _logits(self, tokens_bt: Tensor, positions_bt: Tensor) -> Tensor:
         """Logits [b, v] after the last position; the head runs on no other."""
-        normed_nd = self._model.hidden(tokens_bt, positions=positions_bt, caches=self._caches)
-        assert self._model.head is not None
-        logits_bv: Tensor = self._model.head(normed_nd.view(*tokens_bt.shape, -1)[:, -1])
+        logits_bv: Tensor = self._model(
+            tokens_bt, positions=positions_bt, caches=self._caches, last_only=True
+        )
         return logits_bv

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from megaphi.config import Parallel
-from megaphi.model.linear import as_placed, fp32_weight_gradient, gradient_in_gemm
+from megaphi.model.linear import Linear, as_placed, fp32_weight_gradient, gradient_in_gemm
 from megaphi.parallel.tensor import TensorAxis, finished, local
 
 
@@ -51,6 +51,39 @@ def choose_overlap(parallel: Parallel, fp8_layers: Sequence[str]) -> Overlap:
         # they ask for the gradients of inputs and of weights one after the other: everything twice
         return Overlap(False, f"off, {parallel.pipeline_schedule} splits the backward pass")
     return Overlap(True, "all-gather and reduce-scatter beside the products of qkv and fc1")
+
+
+class BlockInput:
+    """The rows that a block reads, as its two column-parallel layers see them.
+
+    Without overlap each layer runs when its output is asked for: a block asks for `fc1` after its
+    attention, so that in the backward pass the large gradient of `fc1` is gone before that.
+
+    Args:
+        part_nd: this process's rows.
+        qkv: layer whose output has its bias.
+        fc1: layer whose bias is added later.
+        axis: the tensor axis.
+        keep_rows: as in `column_pair`.
+    """
+
+    def __init__(
+        self, part_nd: Tensor, qkv: Linear, fc1: Linear, axis: TensorAxis, *, keep_rows: bool
+    ) -> None:
+        self._layers = qkv, fc1
+        self._outputs: tuple[Tensor, Tensor] | None = None
+        if axis.overlaps:
+            self._outputs = column_pair(part_nd, qkv, fc1, axis, keep_rows=keep_rows)
+        else:
+            self._rows_nd = axis.gather(part_nd)
+
+    def qkv(self) -> Tensor:
+        """The packed projection of all rows, for this process's heads."""
+        return self._layers[0](self._rows_nd) if self._outputs is None else self._outputs[0]
+
+    def fc1(self) -> Tensor:
+        """This process's part of the MLP's inner width for all rows, without the bias."""
+        return self._layers[1].product(self._rows_nd) if self._outputs is None else self._outputs[1]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

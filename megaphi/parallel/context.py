@@ -69,7 +69,7 @@ class _Gather(torch.autograd.Function):
         whole_sb = part_tb.new_empty(part_tb.shape[0] * axis.size, *part_tb.shape[1:])
         dist.all_gather_into_tensor(whole_sb, part_tb, group=axis.group)
         chunks = whole_sb.chunk(2 * axis.size)
-        return torch.cat([chunks[place] for place in axis._order()]).transpose(0, 1)
+        return torch.cat([chunks[index] for index in axis._order()]).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad_bs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -77,7 +77,7 @@ class _Gather(torch.autograd.Function):
         axis = ctx.axis
         chunks = grad_bs.transpose(0, 1).chunk(2 * axis.size)
         order = axis._order()
-        by_process = torch.cat([chunks[order.index(place)] for place in range(2 * axis.size)])
+        by_process = torch.cat([chunks[order.index(chunk)] for chunk in range(2 * axis.size)])
         grad_tb = by_process.new_empty(len(by_process) // axis.size, *by_process.shape[1:])
         dist.reduce_scatter_tensor(grad_tb, by_process.contiguous(), group=axis.group)
         return grad_tb.transpose(0, 1), None
@@ -94,28 +94,31 @@ def attention_over_context(
     """Attention of this process's queries to the keys of the whole sequence.
 
     Args:
-        axis: the context axis, longer than 1.
+        axis: the context axis.
         query_bthk: this process's queries.
         key_bthk: this process's keys.
         value_bthk: this process's values.
-        dropout: place of this process's rows in the run's random numbers.
+        dropout: position of this process's rows in the run's random numbers.
         attend: causal attention of [b, h, t, k] tensors, the last query at the last key.
 
     Returns:
         [b, h, t, k].
     """
+    if axis.size == 1:
+        query_bhtk, key_bhtk = query_bthk.transpose(1, 2), key_bthk.transpose(1, 2)
+        return attend(query_bhtk, key_bhtk, value_bthk.transpose(1, 2), dropout)
     both_bschk = axis.gather(torch.stack((key_bthk, value_bthk), dim=2))
     key_bhsk, value_bhsk = (part.transpose(1, 2) for part in both_bschk.unbind(dim=2))
     length = query_bthk.shape[1] // 2
     attended = []
     for piece, chunk in enumerate(axis.chunks):
         rows, end = slice(piece * length, (piece + 1) * length), (chunk + 1) * length
-        place = None
+        dropout_of_rows = None
         if dropout is not None:
             assert dropout.tokens_n is not None
             tokens_bt = dropout.tokens_n.view(query_bthk.shape[:2])
-            place = dataclasses.replace(dropout, tokens_n=tokens_bt[:, rows].flatten())
+            dropout_of_rows = dataclasses.replace(dropout, tokens_n=tokens_bt[:, rows].flatten())
         query_bhtk = query_bthk[:, rows].transpose(1, 2)
         keys = (key_bhsk[:, :, :end], value_bhsk[:, :, :end])
-        attended.append(attend(query_bhtk, *keys, place))
+        attended.append(attend(query_bhtk, *keys, dropout_of_rows))
     return torch.cat(attended, dim=2)

@@ -128,6 +128,15 @@ def embed(tokens_n: Tensor, weight_vd: Tensor, axis: TensorAxis) -> Tensor:
     return axis.sum_and_cut(partial_nd.masked_fill(foreign_n[:, None], 0.0))
 
 
+def head_loss(
+    part_nd: Tensor, weight_vd: Tensor, bias_v: Tensor, labels_n: Tensor, axis: TensorAxis
+) -> Tensor:
+    """Head and loss for this process's part of the rows; labels are those of all rows."""
+    if axis.size == 1:
+        return ops.linear_cross_entropy(part_nd, weight_vd, bias_v, labels_n)
+    return linear_cross_entropy(axis.gather(part_nd), weight_vd, bias_v, labels_n, axis)
+
+
 def linear_cross_entropy(
     x_nd: Tensor, weight_vd: Tensor, bias_v: Tensor, labels_n: Tensor, axis: TensorAxis
 ) -> Tensor:

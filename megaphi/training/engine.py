@@ -11,12 +11,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from kernels.ops import DropoutSeed
 from megaphi.config import Recipe
 from megaphi.data.loader import Loader, MicroBatch
 from megaphi.model.attention_backends import choose, probe, training_need
 from megaphi.model.column_pair import choose_overlap
+from megaphi.model.execution import Execution
 from megaphi.model.linear import make_linear
-from megaphi.model.phi import DropoutSeed, Phi
+from megaphi.model.phi import Phi
 from megaphi.parallel.axes import axes_of
 from megaphi.parallel.mesh import AXES, Mesh
 from megaphi.precision.fp8_choice import fp8_layers
@@ -69,13 +71,16 @@ class Engine:
     def _build(self) -> list[Phi]:
         """The whole model, or the stages that this process runs."""
         config, parallel = self.recipe.model, self.recipe.parallel
-        make = make_linear if self.fp8 is None else self.fp8.make
-        axes = axes_of(self.mesh, self.overlap.enabled)
-        options = (config, make, self.attention.backend, axes, parallel.recompute)
+        execution = Execution(
+            make=make_linear if self.fp8 is None else self.fp8.make,
+            attention=self.attention.backend,
+            axes=axes_of(self.mesh, self.overlap.enabled),
+            recompute=parallel.recompute,
+        )
         if parallel.pipeline == 1:
-            return [Phi(*options)]
+            return [Phi(config, execution)]
         numbers = stages_of_process(parallel, self.mesh.axis_rank("pipeline"))
-        return [Stage(*options, self.layers_of_stages[number]) for number in numbers]
+        return [Stage(config, execution, self.layers_of_stages[number]) for number in numbers]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of this process, under their names in the whole model."""
@@ -97,8 +102,8 @@ class Engine:
             began = time.perf_counter()
             taken = [next(batches) for _ in range(self.num_micro_batches)]
             waited = time.perf_counter() - began
-            places = [self.dropout_seed(step, batch.first_sample) for batch in taken]
-            total = self.pipeline.step(taken, places, self.to_differentiate)
+            seeds = [self.dropout_seed(step, batch.first_sample) for batch in taken]
+            total = self.pipeline.step(taken, seeds, self.to_differentiate)
             divisor = self.gradient_divisor
             return (total if divisor is None else total / divisor), waited
         loss, waited = torch.zeros((), device=self.mesh.device), 0.0

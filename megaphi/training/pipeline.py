@@ -91,12 +91,12 @@ def stages_of_process(parallel: Parallel, rank: int) -> list[int]:
 class Stage(Phi):
     """A part of the decoder, as a schedule runs it."""
 
-    place: Callable[[int], tuple[torch.Size, DropoutSeed | None]]
-    """Shape of the tokens [b, t] and place in the run of a micro-batch."""
+    micro_batch: Callable[[int], tuple[torch.Size, DropoutSeed | None]]
+    """Shape of the tokens [b, t] and position in the run's random numbers of a micro-batch."""
 
-    def begin(self, place: Callable[[int], tuple[torch.Size, DropoutSeed | None]]) -> None:
+    def begin(self, micro_batch: Callable[[int], tuple[torch.Size, DropoutSeed | None]]) -> None:
         """Start a step, whose micro-batches come one after another from 0 on."""
-        self.place = place
+        self.micro_batch = micro_batch
         self.next_micro_batch = 0
 
     def forward(  # type: ignore[override]
@@ -111,21 +111,15 @@ class Stage(Phi):
         Returns:
             LayerNorm(r) and r, or of the last stage the fp32 sum of the tokens' losses.
         """
-        shape, dropout = self.place(self.next_micro_batch)
+        shape, dropout = self.micro_batch(self.next_micro_batch)
         self.next_micro_batch += 1
         batch = self.describe(shape, inputs[0].device, dropout)
-        if self.embedding is not None:
-            (tokens_bt,) = inputs
-            normed_nd, residual_nd = self.embedding(self.axes.context.cut(tokens_bt).flatten())
-        else:
-            normed_nd, residual_nd = inputs
-        normed_nd, residual_nd = self.run_blocks(normed_nd, residual_nd, batch)
-        if self.head is None:
-            # zero-bubble schedules detach what a stage returns; LayerNorm has saved its own input
-            return normed_nd, residual_nd.clone()
-        assert labels_bt is not None
-        loss: Tensor = self.head(normed_nd, self.axes.context.cut(labels_bt).flatten())
-        return loss
+        outputs = self.run(inputs, batch, labels_bt)
+        if self.head is not None:
+            return outputs[0]
+        normed_nd, residual_nd = outputs
+        # zero-bubble schedules detach what a stage returns; LayerNorm has saved its own input
+        return normed_nd, residual_nd.clone()
 
 
 class Pipeline:
@@ -188,21 +182,21 @@ class Pipeline:
     def step(
         self,
         batches: Sequence[MicroBatch],
-        places: Sequence[DropoutSeed],
+        seeds: Sequence[DropoutSeed],
         scale: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Forward and backward of a step's micro-batches.
 
         Args:
             batches: the micro-batches.
-            places: where they stand in the run's random numbers.
+            seeds: their positions in the run's random numbers.
             scale: from the sum of a micro-batch's losses to what is differentiated.
 
         Returns:
             The sum of the scaled losses, fp32 scalar; 0 where the last stage is elsewhere.
         """
         for stage in self._stages:
-            stage.begin(lambda number: (self._shape, places[number]))
+            stage.begin(lambda number: (self._shape, seeds[number]))
         self.schedule._loss_fn = lambda loss, _: scale(loss)
         tokens_bt = torch.cat([batch.tokens_bt for batch in batches])
         labels_bt = torch.cat([batch.labels_bt for batch in batches])
@@ -252,10 +246,10 @@ class Pipeline:
     def _owner(self, number: int) -> int:
         """Global rank of the process that runs a stage."""
         size = self._mesh.axis_size("pipeline")
-        turn, place = divmod(number, size)
+        turn, rank = divmod(number, size)
         # the schedule with two stages a process leads back the way it came
-        back = self._v_shaped and turn == 1
-        rank = size - 1 - place if back else place
+        if self._v_shaped and turn == 1:
+            rank = size - 1 - rank
         return dist.get_global_rank(self._mesh.group("pipeline"), rank)
 
     def _send(self, tensors: Sequence[Tensor], rank: int) -> None:

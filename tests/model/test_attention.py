@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels.ops import DropoutSeed, dropout_masks
 from megaphi.config import Model
-from megaphi.model.attention import attention
+from megaphi.model.attention import AttentionOptions, Sequences, attention
+from megaphi.model.execution import Execution
 from megaphi.model.init import initialize
 from megaphi.model.phi import Phi
 from tests.model.attention_formula import (
@@ -39,12 +40,14 @@ def packed() -> Tensor:
 @pytest.mark.parametrize("backend", ["sdpa", "plain"])
 def test_equals_the_formula(packed: Tensor, backend: Any, lengths: Any) -> None:
     documents = None if lengths is None else documents_of(TOKENS)
-    result = attention(*parts(packed), backend=backend, documents=documents)
+    result = attention(
+        *parts(packed), AttentionOptions(backend=backend), Sequences(documents=documents)
+    )
     same(packed, result, lambda exact: formula(exact, visible(lengths)))
 
 
 def test_torch_flash_equals_the_formula(packed: Tensor) -> None:
-    result = attention(*parts(packed), backend="flash")
+    result = attention(*parts(packed), AttentionOptions(backend="flash"))
     same(packed, result, lambda exact: formula(exact, visible(None)))
 
 
@@ -56,11 +59,8 @@ def test_exact_dropout_equals_the_formula(packed: Tensor, backend: Any, lengths:
     documents = None if lengths is None else documents_of(TOKENS)
     result = attention(
         *parts(packed),
-        backend=backend,
-        dropout_probability=0.25,
-        dropout=seed,
-        site=4,
-        documents=documents,
+        AttentionOptions(backend=backend, dropout_probability=0.25, site=4),
+        Sequences(dropout=seed, documents=documents),
     )
     shape = torch.Size((ROWS * TIME, HEADS * TIME))
     mask, _ = dropout_masks(shape, 0.25, seed, 4, torch.device("cpu"))
@@ -75,7 +75,7 @@ def test_exact_dropout_equals_the_formula(packed: Tensor, backend: Any, lengths:
 def test_documents_equal_each_document_alone(packed: Tensor) -> None:
     """Also in the gradient: nothing leaks in either direction."""
     weights = torch.randn(ROWS, HEADS, TIME, SIZE)
-    together = attention(*parts(packed), documents=documents_of(TOKENS))
+    together = attention(*parts(packed), sequences=Sequences(documents=documents_of(TOKENS)))
     (gradient,) = torch.autograd.grad((together * weights).sum(), packed)
     for row, lengths in enumerate(LENGTHS):
         start = 0
@@ -93,7 +93,7 @@ def test_documents_equal_each_document_alone(packed: Tensor) -> None:
 
 def test_the_comparison_sees_a_wrong_mask(packed: Tensor) -> None:
     """An EOD token one document too late, a row's end that is none: each is far off."""
-    result = attention(*parts(packed), documents=documents_of(TOKENS))
+    result = attention(*parts(packed), sequences=Sequences(documents=documents_of(TOKENS)))
     for wrong in ([[2, 5, 1, 16], LENGTHS[1]], [LENGTHS[0], [17, 7]], None):
         assert float((result - formula(packed, visible(wrong))).detach().abs().max()) > 0.1
 
@@ -103,10 +103,16 @@ def test_a_cache_or_padding_takes_the_masked_path(packed: Tensor) -> None:
     query, key, value = parts(packed)
     expected = formula(packed, visible(None))[:, :, -5:]
     for backend in ("te", "cudnn", "flash", "sdpa", "plain"):
-        last = attention(query[:, :, -5:], key, value, backend=backend)
+        last = attention(query[:, :, -5:], key, value, AttentionOptions(backend=backend))
         torch.testing.assert_close(last.double(), expected, rtol=1e-5, atol=2e-6)
     everywhere = torch.ones(ROWS, TIME, dtype=torch.bool)
-    padded = attention(query, key, value, backend="flash2", key_mask_bs=everywhere)
+    padded = attention(
+        query,
+        key,
+        value,
+        AttentionOptions(backend="flash2"),
+        Sequences(key_mask_bs=everywhere),
+    )
     torch.testing.assert_close(padded, attention(query, key, value))
 
 
@@ -116,7 +122,7 @@ MODEL = Model(num_layers=3, hidden_size=48, num_heads=3, vocab_size=80, max_sequ
 @pytest.mark.parametrize("backend", ["sdpa", "plain"])
 def test_positions_go_on_in_the_next_document(backend: Any) -> None:
     """Each document's logits are those of the document alone, at positions counted from 0."""
-    model = Phi(MODEL, attention_backend=backend)
+    model = Phi(MODEL, Execution(attention=backend))
     initialize(model.named_parameters(), MODEL, seed=2)
     # larger than at the start of training, so that attention is not almost uniform
     with torch.no_grad():

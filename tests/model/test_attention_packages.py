@@ -20,8 +20,8 @@ from torch.nn.attention import varlen
 
 from kernels.ops import DropoutSeed
 from megaphi.data.documents import Documents
-from megaphi.model import attention as attention_module
-from megaphi.model.attention import attention
+from megaphi.model import attention_kernels
+from megaphi.model.attention import AttentionOptions, Sequences, attention
 from tests.model.attention_formula import (
     HEADS,
     LENGTHS,
@@ -220,9 +220,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Calls]]
         vars(sys.modules[modules[-1]]).update(functions(calls))
         return calls
 
-    attention_module._transformer_engine_module.cache_clear()
+    attention_kernels._transformer_engine_module.cache_clear()
     yield put
-    attention_module._transformer_engine_module.cache_clear()
+    attention_kernels._transformer_engine_module.cache_clear()
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "documents"])
@@ -233,7 +233,9 @@ def test_packages_get_what_they_document(
     calls = install(name)
     documents = None if lengths is None else documents_of(TOKENS)
     backend: Any = name.split(",")[0]
-    result = attention(*parts(packed), backend=backend, documents=documents)
+    result = attention(
+        *parts(packed), AttentionOptions(backend=backend), Sequences(documents=documents)
+    )
     same(packed, result, lambda exact: formula(exact, visible(lengths)))
     (call,) = calls
     shape = (ROWS, TIME, HEADS, SIZE) if lengths is None else (ROWS * TIME, HEADS, SIZE)
@@ -256,7 +258,9 @@ def test_flash_attention_aligns_fewer_queries_to_the_last_key(
     """As the chunks of context parallelism need it; no explicit mask is made."""
     calls = install(name)
     query, key, value = parts(packed)
-    last = attention(query[:, :, 8:14], key[:, :, :14], value[:, :, :14], backend=name)
+    last = attention(
+        query[:, :, 8:14], key[:, :, :14], value[:, :, :14], AttentionOptions(backend=name)
+    )
     expected = formula(packed, visible(None))[:, :, 8:14]
     torch.testing.assert_close(last.double(), expected, rtol=1e-5, atol=2e-6)
     assert len(calls) == 1
@@ -272,10 +276,8 @@ def test_dropout_reaches_the_packages(
     for place in (seed, None):
         attention(
             *parts(packed),
-            backend=name,
-            dropout_probability=0.125,
-            dropout=place,
-            documents=documents,
+            AttentionOptions(backend=name, dropout_probability=0.125),
+            Sequences(dropout=place, documents=documents),
         )
     assert [call["dropout_p"] for call in calls] == [0.125, 0.0]
 
@@ -287,7 +289,11 @@ def test_dropout_is_never_dropped_silently(
     install(name)
     seed = DropoutSeed(seed=1, step=1, first_token=0)
     with pytest.raises(AssertionError, match="no dropout"):
-        attention(*parts(packed), backend=name, dropout_probability=0.1, dropout=seed)
+        attention(
+            *parts(packed),
+            AttentionOptions(backend=name, dropout_probability=0.1),
+            Sequences(dropout=seed),
+        )
 
 
 def test_torch_varlen(packed: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +310,11 @@ def test_torch_varlen(packed: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         return variable(*inputs, call["cu_seq_q"], call["max_q"])
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    result = attention(*parts(packed), backend="flash", documents=documents_of(TOKENS))
+    result = attention(
+        *parts(packed),
+        AttentionOptions(backend="flash"),
+        Sequences(documents=documents_of(TOKENS)),
+    )
     same(packed, result, lambda exact: formula(exact, visible(LENGTHS)))
 
 
@@ -329,6 +339,10 @@ def test_torch_kernels_are_forced(
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", stand_in)
     seed = DropoutSeed(seed=1, step=1, first_token=0)
-    result = attention(*parts(packed), backend=backend, dropout_probability=0.125, dropout=seed)
+    result = attention(
+        *parts(packed),
+        AttentionOptions(backend=backend, dropout_probability=0.125),
+        Sequences(dropout=seed),
+    )
     same(packed, result, lambda exact: formula(exact, visible(None)))
     assert seen == [([backend], 0.125, True)]

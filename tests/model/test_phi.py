@@ -5,7 +5,7 @@ import torch
 
 from kernels.ops import DropoutSeed
 from megaphi.config import Model
-from megaphi.model.attention import attention, causal_mask
+from megaphi.model.attention import AttentionOptions, Sequences, attention, causal_mask
 from megaphi.model.init import initial_value, initialize
 from megaphi.model.phi import Phi
 
@@ -68,7 +68,11 @@ def test_plain_attention_with_dropout_equals_the_formula() -> None:
     exact = attention(q, k, v)
     draws = [
         attention(
-            q, k, v, dropout_probability=0.2, dropout=DropoutSeed(seed=s, step=1, first_token=0)
+            q,
+            k,
+            v,
+            AttentionOptions(dropout_probability=0.2),
+            Sequences(dropout=DropoutSeed(seed=s, step=1, first_token=0)),
         )
         for s in range(600)
     ]
@@ -85,7 +89,7 @@ def test_masked_attention_equals_float64_softmax() -> None:
     scores = (q.double() @ k.double().transpose(-1, -2)) / 8**0.5
     visible = causal_mask(3, 5, q.device)[None, None] & key_mask[:, None, None, :]
     expected = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v.double()
-    result = attention(q, k, v, key_mask_bs=key_mask)
+    result = attention(q, k, v, sequences=Sequences(key_mask_bs=key_mask))
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
 
 

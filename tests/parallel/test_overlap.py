@@ -22,6 +22,7 @@ from kernels.ops import DropoutSeed
 from megaphi.config import Model, Parallel
 from megaphi.model import column_pair as overlap
 from megaphi.model.column_pair import choose_overlap, column_pair
+from megaphi.model.execution import Execution
 from megaphi.model.linear import ADDS_UP, LinearWithFp32Gradient
 from megaphi.model.phi import Phi
 from megaphi.parallel.axes import axes_of
@@ -100,7 +101,7 @@ class Recorder(TorchDispatchMode):
 def cut_model(mesh: Mesh, overlaps: bool, **options: Any) -> Phi:
     """A model over the tensor axis, with values."""
     with torch.device("meta"):
-        model = Phi(CONFIG, axes=axes_of(mesh, overlaps), **options)
+        model = Phi(CONFIG, Execution(axes=axes_of(mesh, overlaps), **options))
     cut_layers(model, mesh)
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -238,7 +239,7 @@ def test_weights_are_asked_for_a_block_ahead_and_gradients_leave_at_once() -> No
     """FSDP2, whose streams a CPU does not have: what counts is the order of the requests."""
     mesh = mesh_of(2, 1)
     with torch.device("meta"):
-        model = Phi(CONFIG, axes=axes_of(mesh))
+        model = Phi(CONFIG, Execution(axes=axes_of(mesh)))
     parallelize(model, mesh, Parallel(), torch.float32)
     model.to_empty(device="cpu")
     recorder = Recorder()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels import ops
 from megaphi.config import Model, Parallel, Precision
+from megaphi.model.execution import Execution
 from megaphi.model.init import initialize
 from megaphi.model.linear import Linear
 from megaphi.model.phi import Phi
@@ -227,7 +228,7 @@ def test_only_the_named_layers_and_only_sizes_that_fit() -> None:
     precision = Precision(dtype="fp8", fp8_layers=["qkv", "fc1"])
     fp8 = fp8_layers(resolve(precision, facts), precision)
     assert isinstance(fp8, NativeFp8)
-    model = Phi(SHAPE, fp8.make)
+    model = Phi(SHAPE, Execution(make=fp8.make))
     for block in model.blocks:
         kinds = [type(getattr(block, name)) for name in ("qkv", "out", "fc1", "fc2")]
         assert kinds == [Fp8Linear, Linear, Fp8Linear, Linear]
@@ -309,7 +310,7 @@ def test_under_fsdp2(mesh: Mesh, weight_casts: list[tuple[int, ...]], reshard: b
     """Gathered weights, which FSDP2 writes unseen by autograd, are never used a step too late."""
     torch.manual_seed(4)
     shared = NativeFp8(["fc1"])
-    model, plain = Phi(SHAPE, shared.make), Phi(SHAPE)
+    model, plain = Phi(SHAPE, Execution(make=shared.make)), Phi(SHAPE)
     initialize(plain.named_parameters(), SHAPE, seed=0)
     parallel = Parallel(reshard_after_forward=reshard)
     parallelize(model, mesh, parallel, torch.bfloat16)
@@ -376,7 +377,7 @@ def test_a_run_follows_fp32(scaling: str) -> None:
     plain = Phi(SHAPE)
     initialize(plain.named_parameters(), SHAPE, seed=1)
     shared = NativeFp8(["qkv", "out", "fc1", "fc2"], scaling)
-    model = Phi(SHAPE, shared.make)
+    model = Phi(SHAPE, Execution(make=shared.make))
     model.load_state_dict(plain.state_dict())
     shared.attach(model, torch.device("cpu"))
     tokens = batches(60)
@@ -391,7 +392,7 @@ def test_delayed_scaling_goes_on_from_a_checkpoint() -> None:
     """A restored run repeats the run that went on, bit for bit; one without history does not."""
     tokens = batches(4)
     shared = NativeFp8(["qkv", "fc1", "fc2"], "delayed")
-    model = Phi(SHAPE, shared.make)
+    model = Phi(SHAPE, Execution(make=shared.make))
     initialize(model.named_parameters(), SHAPE, seed=2)
     shared.attach(model, torch.device("cpu"))
     train(model, shared, tokens)
@@ -402,7 +403,7 @@ def test_delayed_scaling_goes_on_from_a_checkpoint() -> None:
 
     def restored(with_history: bool) -> list[float]:
         again = NativeFp8(["qkv", "fc1", "fc2"], "delayed")
-        other = Phi(SHAPE, again.make)
+        other = Phi(SHAPE, Execution(make=again.make))
         again.attach(other, torch.device("cpu"))
         other(tokens[0][:, :-1])  # scales and copies from before must not survive the loading
         other.load_state_dict(weights)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megaphi.config import Model, Precision
+from megaphi.model.execution import Execution
 from megaphi.model.linear import Linear
 from megaphi.model.phi import Phi
 from megaphi.precision.fp8_choice import fp8_layers
@@ -115,7 +116,7 @@ def test_the_model_has_the_same_parameters_and_the_same_loss() -> None:
     torch.manual_seed(0)
     plain = Phi(SHAPE)
     fp8 = TransformerEngineFp8(["qkv", "fc1", "fc2"])
-    model = Phi(SHAPE, fp8.make)
+    model = Phi(SHAPE, Execution(make=fp8.make))
     assert type(model.blocks[0].out) is Linear
     assert isinstance(model.blocks[0].qkv, TransformerEngineLinear)
     assert model.state_dict().keys() == plain.state_dict().keys()

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from kernels.dispatch import interpreting
 from kernels.ops import DropoutSeed
 from megaphi.config import Model, Optimizer, Parallel
+from megaphi.model.execution import Execution
 from megaphi.model.phi import Phi
 from megaphi.model.rotary import rotary_tables
 from megaphi.optim.adamw import AdamW, local
@@ -290,7 +291,7 @@ def test_recomputation_keeps_what_the_formula_says(recompute: str) -> None:
     """By the storages that live after the forward pass: checkpointing hides them from hooks."""
     live = {}
     for kind in ("none", recompute):
-        model = Phi(SMALL, recompute=kind).to(torch.bfloat16)  # type: ignore[arg-type]
+        model = Phi(SMALL, Execution(recompute=kind)).to(torch.bfloat16)  # type: ignore[arg-type]
         tokens = torch.randint(0, SMALL.vocab_size, (4, 64))
         with PeakOfStorages() as storages:
             loss = model(tokens, tokens)
