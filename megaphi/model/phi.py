@@ -182,15 +182,25 @@ class Phi(nn.Module):
         Returns:
             LayerNorm(r) and r, both [n, d]; with the head the logits [n, v] or the loss.
         """
-        stream = inputs if self.embedding is None else self.embedding(*inputs)
-        for block in self.blocks:
-            stream = block(*stream, batch)
+        stream = self.run_blocks(inputs, batch)
         if self.head is None:
             return stream
         normed_nd = stream[0]
         if batch.last_only:
             normed_nd = normed_nd.view(batch.size, batch.time, -1)[:, -1]
         return (self.head(normed_nd, labels_bt),)
+
+    def run_blocks(self, inputs: tuple[Tensor, ...], batch: BatchInfo) -> tuple[Tensor, ...]:
+        """LayerNorm(r) and r, both [n, d], after the embedding and the blocks that are here."""
+        stream = inputs if self.embedding is None else self.embedding(*inputs)
+        for block in self.blocks:
+            stream = block(*stream, batch)
+        return stream
+
+    def hidden(self, tokens_bt: Tensor) -> Tensor:
+        """What the head reads, [n, d]."""
+        batch = self.describe(tokens_bt.shape, tokens_bt.device)
+        return self.run_blocks((tokens_bt,), batch)[0]
 
     def describe(
         self,
