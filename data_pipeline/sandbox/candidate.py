@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from data_pipeline.sandbox.plain_values import BadFrame, decode, encode, receive, send
+from data_pipeline.sandbox.plain_values import BadFrame, Shared, decode, encode, receive, send
 
 MODULE = "candidate"
 _MISSING = object()
@@ -72,19 +72,30 @@ class _Server:
         return len(self.objects) - 1
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Carry out a request; the result or the exception, as plain values."""
+        """Carry out a request; the result or the exception, as plain values.
+
+        What the arguments hold afterwards goes along, where it is not what they held before.
+        """
+        shared = Shared()
+
+        def argument(item: Any) -> Any:
+            return decode(item, self.objects.__getitem__, shared, is_argument=True)
+
+        before: list[Any] = []
         try:
-            arguments = [decode(item, self.objects.__getitem__) for item in request["arguments"]]
-            keywords = {
-                key: decode(item, self.objects.__getitem__)
-                for key, item in request.get("keywords", {}).items()
-            }
+            arguments = [argument(item) for item in request["arguments"]]
+            keywords = {key: argument(item) for key, item in request["keywords"].items()}
+            before = shared.snapshot()
             if request["operation"] == "globals":
                 found = {name: getattr(self.module, name, _MISSING) for name in arguments}
                 present = {name: item for name, item in found.items() if item is not _MISSING}
                 return {"value": encode(present, self.refer)}
             result = _OPERATIONS[request["operation"]](*arguments, **keywords)
-            return {"value": encode(result, self.refer)}
+            answer = {"value": encode(result, self.refer, shared)}
+        except BaseException as error:
+            answer = {"error": describe(error)}
+        try:
+            return {**answer, "changes": shared.changes(before, self.refer)}
         except BaseException as error:
             return {"error": describe(error)}
 

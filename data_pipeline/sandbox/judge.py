@@ -10,12 +10,13 @@ attributes, each answered with plain values by the candidate; it is equal to its
 
 import builtins
 import contextlib
+import importlib
 import random
 import secrets
 import socket
 from typing import Any
 
-from data_pipeline.sandbox.plain_values import BadFrame, decode, encode, receive, send
+from data_pipeline.sandbox.plain_values import BadFrame, Shared, decode, encode, receive, send
 
 # Not among them are those that end loops or processes: a candidate must not cut a test short.
 _RELAYED = {
@@ -35,52 +36,83 @@ class CandidateLeft(BaseException):
     """The candidate raised what is no ordinary exception; the test ends here as well."""
 
 
+class Unrunnable(BaseException):
+    """The test's own code cannot run here, whatever the candidate is."""
+
+
 def run(job: dict[str, Any], descriptors: list[int]) -> None:
     """Run the test and send the verdict: `{"status": …, "error": …}`.
 
     Args:
         job: `preamble` (trusted code before the test: the prompt or the imports), `test` (code),
-            `entry_point` (the function under test, or null) and `names` (of the candidate's
-            globals that the test may use).
+            `entry_point` (the function under test, or null), `names` (of the candidate's globals
+            that the test may use) and `modules` (of Python's that it uses without importing them).
+            Or only `imports`: the verdict's `error` names the modules that are missing.
         descriptors: the connections to the candidate and to the parent.
     """
-    connection = socket.socket(fileno=descriptors[0])
-    candidate = _Candidate(connection)
-    random.seed(0)
-    try:
-        status, error = _judge(candidate, job)
-    except CandidateGone as gone:
-        status, error = "died", str(gone)
-    except CandidateLeft as left:
-        status, error = "exception", str(left)
-    except BaseException as problem:
-        status, error = "exception", f"{type(problem).__name__}: {problem}"
-        if isinstance(problem, AssertionError):
-            status, error = "failed", str(problem)
-        elif not candidate.raised:
-            status = "unlike"  # the test could not work with what it was given
-    connection.close()
+    if "imports" in job:
+        status, error = "passed", " ".join(filter(_is_missing, job["imports"]))
+    else:
+        status, error = _verdict(_Candidate(socket.socket(fileno=descriptors[0])), job)
     # after the time limit nobody listens
-    with socket.socket(fileno=descriptors[1]) as parent, contextlib.suppress(OSError):
+    with socket.socket(fileno=descriptors[-1]) as parent, contextlib.suppress(OSError):
         send(parent, {"status": status, "error": error[:500]})
 
 
-def _judge(candidate: "_Candidate", job: dict[str, Any]) -> tuple[str, str]:
+def _is_missing(module: str) -> bool:
+    """Whether a module cannot be imported."""
+    try:
+        importlib.import_module(module)
+    except Exception:  # whatever a package raises when it cannot be
+        return True
+    return False
+
+
+def _verdict(candidate: "_Candidate", job: dict[str, Any]) -> tuple[str, str]:
+    """The status of a test that was run, and what is to be said of it."""
+    random.seed(0)
+    try:
+        _judge(candidate, job)
+    except CandidateGone as gone:
+        return "died", str(gone)
+    except CandidateLeft as left:
+        return "exception", str(left)
+    except Unrunnable as problem:
+        return "unrunnable", str(problem)
+    except AssertionError as problem:
+        return "failed", str(problem)
+    except BaseException as problem:
+        text = f"{type(problem).__name__}: {problem}"
+        if candidate.raised:
+            return "exception", text
+        # what the test could not work with was given by the candidate, but for a missing module
+        return "unrunnable" if isinstance(problem, ModuleNotFoundError) else "unlike", text
+    return "passed", ""
+
+
+def _judge(candidate: "_Candidate", job: dict[str, Any]) -> None:
     """Run the test; exceptions of the test and of the candidate pass through."""
+    namespace: dict[str, Any] = {"__name__": "judge"}
+    try:
+        exec(compile(job["preamble"], "<preamble>", "exec"), namespace)
+        for name in job["modules"]:
+            namespace.setdefault(name, importlib.import_module(name))
+        test = compile(job["test"], "<test>", "exec")
+    except BaseException as problem:
+        raise Unrunnable(f"{type(problem).__name__}: {problem}") from None
     ready = candidate.receive()
     if "error" in ready:
-        return "exception", _summary(ready["error"])
-    namespace: dict[str, Any] = {"__name__": "judge"}
-    exec(compile(job["preamble"], "<preamble>", "exec"), namespace)
+        raise CandidateLeft(_summary(ready["error"]))
     entry_point = job["entry_point"]
-    test = compile(job["test"], "<test>", "exec")
     wanted = [name for name in job["names"] if name not in namespace or name == entry_point]
     found = candidate.request("globals", wanted)
+    if type(found) is not dict:
+        raise CandidateGone("an answer that is no object")
     if entry_point is not None and entry_point not in found:
-        return "exception", f"NameError: {entry_point} is not defined"
-    namespace.update(found)
+        raise CandidateLeft(f"NameError: {entry_point} is not defined")
+    # of what the candidate gives, only what it was asked for
+    namespace.update({name: found[name] for name in wanted if name in found})
     exec(test, namespace)
-    return "passed", ""
 
 
 def _summary(error: Any) -> str:
@@ -118,11 +150,16 @@ class _Candidate:
         An answer counts only with the token of its request, so none can be sent in advance.
         """
         token = secrets.token_hex(8)
+        shared = Shared()
+
+        def form(item: Any) -> Any:
+            return encode(item, self._number, shared, is_argument=True)
+
         message = {
             "token": token,
             "operation": operation,
-            "arguments": [encode(item, self._number) for item in arguments],
-            "keywords": {key: encode(item, self._number) for key, item in (keywords or {}).items()},
+            "arguments": [form(item) for item in arguments],
+            "keywords": {key: form(item) for key, item in (keywords or {}).items()},
         }
         try:
             send(self._connection, message)
@@ -131,10 +168,11 @@ class _Candidate:
         answer = self.receive()
         if answer.get("token") != token:
             raise CandidateGone("an answer to no question")
-        if "error" in answer:
-            self._raise(answer["error"])
         try:
-            return decode(answer.get("value"), self._reference)
+            shared.apply(answer.get("changes", []), self._reference)
+            if "error" in answer:
+                self._raise(answer["error"])
+            return decode(answer.get("value"), self._reference, shared)
         except BadFrame as error:
             raise CandidateGone(str(error)) from None
 
@@ -165,7 +203,7 @@ class Reference:
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Call it; arguments go by value."""
+        """Call it; arguments go by value, and come back as the call has left them."""
         return self._candidate.request("call", [self, *arguments], keywords)
 
     def __getattr__(self, name: str) -> Any:

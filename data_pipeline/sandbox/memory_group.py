@@ -2,12 +2,14 @@
 
 Resource limits count for each process alone; a control group counts them as one. Version 1 groups
 can be made by root, version 2 groups where memory control has been delegated to the group that we
-are in. Elsewhere the limits of each process and their number are what bounds the memory.
+are in. Elsewhere what the processes hold together is measured while a program runs, besides the
+limits of each.
 """
 
 import contextlib
 import itertools
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -97,3 +99,12 @@ def descendants(pid: int) -> set[int]:
         found |= new
         new = {child for child, parent in parents.items() if parent in new} - found
     return found
+
+
+def held_memory(pid: int) -> int:
+    """Bytes that a process and all below it hold; what they share counts for each."""
+    total = 0
+    for each in descendants(pid):
+        with contextlib.suppress(OSError, IndexError):  # it ended while we looked
+            total += int(Path(f"/proc/{each}/statm").read_text().split()[1])
+    return total * resource.getpagesize()

@@ -6,41 +6,54 @@ few read-only folders (the C library, one Python) and an empty environment; an u
 also when root starts it; no way to make further user namespaces. `zygote.py` then forks a
 further isolated child for every program. What isolation cannot be had is an error, never a silent
 step down.
+
+The limit is processor time, which the load of the machine does not change. What is stopped for
+another reason is a program that waits: it is `stalled` when both processes have used next to no
+processor time for `Limits.wall_seconds`.
 """
 
+import math
 import os
-import shutil
+import select
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sandbox.memory_group import MemoryGroup, descendants
+from data_pipeline.sandbox.bubblewrap import (
+    INSTALL,
+    NOBODY,
+    PACKAGES_FOLDER,
+    bubblewrap_command,
+    find_python,
+)
+from data_pipeline.sandbox.memory_group import MemoryGroup, descendants, held_memory
+from data_pipeline.sandbox.packages import NO_PACKAGES, Packages
 from data_pipeline.sandbox.plain_values import BadFrame, receive, send
 from data_pipeline.sandbox.program_test import ProgramTest
 
-INSTALL = (
-    "install bubblewrap (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install "
-    "bubblewrap) where user namespaces are allowed, or give --unsafe-no-sandbox to run "
-    "model-written code with your own rights"
-)
-NOBODY = 65534
 _START_SECONDS = 60.0
 _END_SECONDS = 10.0
-_GRACE_SECONDS = 1.0
-_LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/local/lib")
-_LINKED = ("/lib", "/lib64", "/lib32")
+_POLL_SECONDS = 0.25
+_IDLE_SHARE = 0.02  # of a processor; a program that computes gets more on any machine in use
+_TEST_SHARE = 3  # a test may use so much more processor time than its program
+# A numerical library that starts a thread for each processor would use up the job's processes.
+_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",  # the order of sets must not depend on the process
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
 
 # The modules are sent and not mounted: the checkout need not be readable for the sandbox's user.
 _BOOTSTRAP = """
-import json, os, socket, sys, types
+import json, socket, sys, types
 control = socket.socket(fileno=int(sys.argv[1]))
-os.environ.clear()
 sys.path[:] = [path for path in sys.path if path]
 length = int.from_bytes(control.recv(4, socket.MSG_WAITALL), "big")
 setup = json.loads(control.recv(length, socket.MSG_WAITALL))
@@ -50,7 +63,9 @@ for name in ("data_pipeline", "data_pipeline.sandbox"):
 for name, source in setup["modules"]:
     sys.modules[name] = types.ModuleType(name)
     exec(compile(source, name, "exec"), sys.modules[name].__dict__)
-sys.modules["data_pipeline.sandbox.zygote"].serve(control, setup["role"], setup["isolate"])
+sys.modules["data_pipeline.sandbox.zygote"].serve(
+    control, setup["role"], setup["isolate"], setup["packages"], setup["folder"]
+)
 """
 
 
@@ -59,7 +74,7 @@ class Limits:
     """What one program may use."""
 
     seconds: float = 3.0
-    """Processor time of a process; three times this in all, asleep or not."""
+    """Processor time of the program."""
     memory_bytes: int = 1 << 30
     """Address space of a process."""
     file_bytes: int = 16 << 20
@@ -69,13 +84,17 @@ class Limits:
 
     @property
     def wall_seconds(self) -> float:
-        """Time until a program is stopped; longer than its processor time, for loaded machines."""
+        """Time after which a program that uses no processor time is stopped."""
         return 3 * self.seconds
 
     def as_job(self) -> dict[str, int]:
-        """The form that the zygote takes."""
+        """The form that the zygote takes.
+
+        The kernel counts `cpu` by sampling, wrong by a third on a loaded machine. It is for what a
+        program's children use; the program itself is timed exactly.
+        """
         return {
-            "cpu": max(1, -int(-self.seconds // 1)),
+            "cpu": math.ceil(2 * _TEST_SHARE * self.seconds),
             "memory": self.memory_bytes,
             "files": self.file_bytes,
             "processes": self.processes,
@@ -103,28 +122,42 @@ class Sandbox:
         role: `candidate` or `judge`, the module whose `run` is the job.
         memory_bytes: of all its processes together, where the machine can limit that.
         isolate: use bubblewrap; False runs the same without isolation.
+        packages: what jobs may import.
+
+    Attributes:
+        packages: versions of those that can be imported, by name.
 
     Raises:
-        ValueError: bubblewrap or a Python for it is missing, or the sandbox cannot be set up.
+        ValueError: bubblewrap or a Python for it is missing, the sandbox cannot be set up, or a
+            package that is required cannot be imported in it.
     """
 
-    def __init__(self, role: str, *, memory_bytes: int, isolate: bool) -> None:
+    def __init__(
+        self, role: str, *, memory_bytes: int, isolate: bool, packages: Packages = NO_PACKAGES
+    ) -> None:
+        self._memory_bytes = memory_bytes
         self._control, theirs = socket.socketpair()
+        self._links: tempfile.TemporaryDirectory[str] | None = None
         command = [sys.executable]
         identity: dict[str, Any] = {}
         if isolate:
             is_root = os.geteuid() == 0
-            command = bubblewrap_command(find_python(is_root))
+            command = bubblewrap_command(find_python(is_root), packages)
             if is_root:
                 identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        folder = PACKAGES_FOLDER
+        if packages.entries and not isolate:
+            self._links = tempfile.TemporaryDirectory(prefix="megaphi-packages-")
+            folder = self._links.name
+            for entry in packages.entries:
+                os.symlink(entry, os.path.join(folder, entry.name))
         descriptor = theirs.fileno()
         self._group = MemoryGroup(memory_bytes)
         with tempfile.TemporaryFile() as errors:
             try:
                 self._process = subprocess.Popen(
                     [*command, "-s", "-S", "-B", "-c", _BOOTSTRAP, str(descriptor)],
-                    # the order of sets must not depend on the process
-                    env={"PYTHONHASHSEED": "0"},
+                    env=_ENVIRONMENT,
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -140,8 +173,9 @@ class Sandbox:
             theirs.close()
             try:
                 self._control.settimeout(_START_SECONDS)
-                send(self._control, _setup(role, isolate))
-                receive(self._control)
+                setup = {"role": role, "isolate": isolate, "packages": packages.names}
+                send(self._control, {**setup, "modules": _modules(role), "folder": folder})
+                absent = receive(self._control)["absent"]
                 self._group.add(descendants(self._process.pid))
             except (BadFrame, OSError) as error:
                 self.close()
@@ -149,6 +183,14 @@ class Sandbox:
                 said = errors.read(2000).decode("utf-8", "replace").split("\n")
                 reason = " ".join(line for line in said if line.strip())[-300:] or str(error)
                 raise ValueError(f"the sandbox cannot be set up ({reason}): {INSTALL}") from None
+        if absent and packages.required:
+            self.close()
+            name, reason = next(iter(absent.items()))
+            raise ValueError(
+                f"--package {name}: the sandbox's Python cannot import it ({reason}); it runs "
+                f"{command[-1]}, as a user who must be able to read the package"
+            )
+        self.packages = {name: v for name, v in packages.versions if name not in absent}
 
     def submit(self, job: dict[str, Any], limits: Limits, descriptors: list[int]) -> None:
         """Start a job; the descriptors are duplicated into it.
@@ -176,14 +218,30 @@ class Sandbox:
         except OSError as error:
             raise SandboxBroken(str(error)) from None
 
-    def ending(self, seconds: float = _END_SECONDS) -> Ending:
-        """How the job that was killed ended, waited for so long; nothing of it is left.
+    def processor_time(self) -> float:
+        """Seconds that the job has used so far, without what its own children have.
 
         Raises:
             SandboxBroken: the sandbox is gone or does not answer.
         """
         try:
-            self._control.settimeout(seconds)
+            send(self._control, {"ask": "cpu"})
+            return float(receive(self._control)["cpu"])
+        except (BadFrame, OSError) as error:
+            raise SandboxBroken(str(error)) from None
+
+    def holds_too_much(self) -> bool:
+        """Whether all its processes hold more than their memory, where no control group tells."""
+        return self._group.path is None and held_memory(self._process.pid) > self._memory_bytes
+
+    def ending(self) -> Ending:
+        """How the job that was killed ended; nothing of it is left.
+
+        Raises:
+            SandboxBroken: the sandbox is gone or does not answer.
+        """
+        try:
+            self._control.settimeout(_END_SECONDS)
             return Ending(**receive(self._control))
         except (BadFrame, OSError) as error:
             raise SandboxBroken(str(error)) from None
@@ -194,93 +252,28 @@ class Sandbox:
         self._process.kill()
         self._process.wait()
         self._group.close()
+        if self._links is not None:
+            self._links.cleanup()
 
 
-def _setup(role: str, isolate: bool) -> dict[str, Any]:
-    """What the bootstrap code waits for."""
+def _modules(role: str) -> list[tuple[str, str]]:
+    """Name and source of the modules that run inside."""
     names = ("plain_values", role, "syscall_filter", "zygote")
-    modules = [
+    return [
         (f"data_pipeline.sandbox.{name}", Path(__file__).with_name(f"{name}.py").read_text("utf-8"))
         for name in names
     ]
-    return {"modules": modules, "role": role, "isolate": isolate}
 
 
-def bubblewrap_command(python: str) -> list[str]:
-    """The sandbox's command line, up to and with the Python that runs in it.
-
-    CAP_SYS_ADMIN is one over the sandbox's own namespaces, for the zygote, which gives it up in
-    each child before a program runs.
-
-    Raises:
-        ValueError: bubblewrap is not installed.
-    """
-    program = shutil.which("bwrap")
-    if program is None:
-        raise ValueError(f"bwrap not found: {INSTALL}")
-    command = [program, "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
-    command += ["--new-session", "--uid", str(NOBODY), "--gid", str(NOBODY)]
-    command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--hostname", "sandbox"]
-    for folder in _LIBRARIES:
-        command += ["--ro-bind-try", folder, folder]
-    for folder in _LINKED:
-        if os.path.islink(folder):
-            command += ["--symlink", os.readlink(folder), folder]
-        else:
-            command += ["--ro-bind-try", folder, folder]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    prefix = _prefix(python)
-    if prefix not in ("/usr", "/usr/local"):
-        command += ["--ro-bind", prefix, prefix]
-    real = os.path.realpath(python)
-    if not real.startswith(f"{prefix}/lib/"):
-        command += ["--ro-bind", real, real]
-    # no /proc: there is nothing to learn about any process, and nothing to write to
-    command += ["--dev", "/dev", "--remount-ro", "/dev", "--dir", "/tmp", "--remount-ro", "/"]
-    return [*command, "--chdir", "/", real]
-
-
-def _prefix(python: str) -> str:
-    """The installation that a Python belongs to: the folder above its `bin`."""
-    return os.path.dirname(os.path.dirname(os.path.realpath(python)))
-
-
-def find_python(for_nobody: bool) -> str:
-    """A Python that the sandbox's user can read: our own, without the environment's packages.
-
-    Args:
-        for_nobody: root will start the sandbox as the user `nobody`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    tried = [os.path.join(sys.base_prefix, "bin", f"python{version}")]
-    tried += [f"{folder}/python3" for folder in ("/usr/local/bin", "/usr/bin")]
-    for python in tried:
-        real = os.path.realpath(python)
-        if os.path.exists(real) and (not for_nobody or _open_to_all(real)):
-            return real
-    raise ValueError(
-        f"no Python for the sandbox: as root it runs as the user nobody, who cannot read any of "
-        f"{', '.join(tried)}; run as an ordinary user, or install python3 in /usr"
-    )
-
-
-def _open_to_all(path: str) -> bool:
-    """Whether every user can reach and execute a file."""
-    parts = [Path(path), *Path(path).parents]
-    return all(part.stat().st_mode & stat.S_IXOTH for part in parts)
-
-
-def describe_isolation(isolate: bool) -> str:
+def describe_isolation(isolate: bool, packages: Mapping[str, str] | None = None) -> str:
     """What the results say about how programs were run."""
+    given = "".join(f", {name} {version}" for name, version in (packages or {}).items())
     if not isolate:
-        return "NONE: --unsafe-no-sandbox"
+        return "NONE: --unsafe-no-sandbox" + given
     version = subprocess.run(
         ["bwrap", "--version"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    return f"{version}, {find_python(os.geteuid() == 0)}"
+    return f"{version}, {find_python(os.geteuid() == 0)}{given}"
 
 
 @dataclass(frozen=True)
@@ -290,7 +283,7 @@ class Verdict:
     passed: bool
     status: str
     """passed, failed (an assertion), exception, unlike (a value that the test cannot use), died,
-    timeout."""
+    timeout (processor time), stalled (waited and did not end), unrunnable (the test itself)."""
     error: str
     seconds: float
     """Processor time of the program."""
@@ -302,21 +295,34 @@ class Lane:
     Args:
         limits: for each program and each test.
         isolate: False runs without a sandbox.
+        packages: what programs and tests may import.
+
+    Attributes:
+        packages: versions of those that can be imported, by name.
 
     Raises:
         ValueError: see `Sandbox`.
     """
 
-    def __init__(self, limits: Limits, *, isolate: bool = True) -> None:
+    def __init__(
+        self, limits: Limits, *, isolate: bool = True, packages: Packages = NO_PACKAGES
+    ) -> None:
         self._limits = limits
         self._isolate = isolate
+        self._given = packages
         self._sandboxes: list[Sandbox] = []
         self._open()
+        self.packages = self._sandboxes[0].packages
 
     def _open(self) -> None:
         for role in ("candidate", "judge"):
             self._sandboxes.append(
-                Sandbox(role, memory_bytes=2 * self._limits.memory_bytes, isolate=self._isolate)
+                Sandbox(
+                    role,
+                    memory_bytes=2 * self._limits.memory_bytes,
+                    isolate=self._isolate,
+                    packages=self._given,
+                )
             )
 
     def close(self) -> None:
@@ -324,6 +330,26 @@ class Lane:
         for sandbox in self._sandboxes:
             sandbox.close()
         self._sandboxes.clear()
+
+    def missing_modules(self, names: list[str]) -> list[str]:
+        """Those of some modules that a test cannot import here.
+
+        Raises:
+            ValueError: it cannot be found out.
+        """
+        answer, verdict = socket.socketpair()
+        judge = self._sandboxes[1]
+        try:
+            with answer:
+                with verdict:
+                    judge.submit({"imports": names}, self._limits, [verdict.fileno()])
+                answer.settimeout(_START_SECONDS)
+                found = receive(answer)["error"].split()
+            judge.kill()
+            judge.ending()
+        except (SandboxBroken, BadFrame, OSError) as error:
+            raise ValueError(f"the tests' imports cannot be tried: {error}") from None
+        return list(found)
 
     def judge(self, program: str, test: ProgramTest) -> Verdict:
         """Run a program against a test.
@@ -352,33 +378,46 @@ class Lane:
                         "preamble": test.whole_preamble,
                         "entry_point": test.entry_point,
                         "names": test.names,
+                        "modules": test.modules,
                     },
                     self._limits,
                     [to_judge.fileno(), verdict.fileno()],
                 )
-            answer.settimeout(self._limits.wall_seconds)
-            started = time.monotonic()
-            try:
-                message = receive(answer)
-            except (BadFrame, TimeoutError) as problem:
-                message = {"status": "died", "error": f"the test's process: {problem}"}
-            late = time.monotonic() - started >= self._limits.wall_seconds
+            message = self._wait(answer)
         candidate.kill()
         judge.kill()
-        program_end = candidate.ending()
-        try:
-            test_end = judge.ending(_GRACE_SECONDS if late else _END_SECONDS)
-        except SandboxBroken:
-            if not late:
-                raise
-            # the test itself does not come to an end
-            self.close()
-            self._open()
-            return Verdict(False, "timeout", "the test does not end", round(program_end.cpu, 3))
+        program_end, test_end = candidate.ending(), judge.ending()
         if not (program_end.started and test_end.started):
             raise ValueError(f"the isolation of a program could not be set up: {INSTALL}")
         status, error = str(message["status"]), str(message["error"])
-        limit = self._limits.as_job()["cpu"]
-        if status == "died" and (late or max(program_end.cpu, test_end.cpu) >= limit - 0.1):
-            status, error = "timeout", f"more than {self._limits.seconds:g} s"
+        if program_end.cpu > self._limits.seconds:
+            status, error = "timeout", f"more than {self._limits.seconds:g} s of processor time"
         return Verdict(status == "passed", status, error, round(program_end.cpu, 3))
+
+    def _wait(self, answer: socket.socket) -> dict[str, Any]:
+        """The judge's message, or what takes its place; stops a program that only waits."""
+        window = self._limits.wall_seconds
+        since, used = time.monotonic(), 0.0
+        # a poll object and not select(): descriptors may be above 1023
+        poll = select.poll()
+        poll.register(answer, select.POLLIN)
+        while not poll.poll(1000 * min(_POLL_SECONDS, window / 4)):
+            now = time.monotonic()
+            of_program, of_test = (sandbox.processor_time() for sandbox in self._sandboxes)
+            if of_program > self._limits.seconds:
+                return {"status": "timeout", "error": ""}
+            if of_test > _TEST_SHARE * self._limits.seconds:
+                error = f"the test takes more than {_TEST_SHARE * self._limits.seconds:g} s"
+                return {"status": "timeout", "error": error}
+            if of_program + of_test - used > _IDLE_SHARE * window:
+                since, used = now, of_program + of_test
+            elif now - since > window:
+                return {"status": "stalled", "error": f"waited for {window:g} s"}
+            if any(sandbox.holds_too_much() for sandbox in self._sandboxes):
+                return {"status": "died", "error": "its processes hold too much memory"}
+        try:
+            answer.settimeout(_END_SECONDS)
+            message: dict[str, Any] = receive(answer)
+        except (BadFrame, OSError) as problem:
+            message = {"status": "died", "error": f"the test's process: {problem}"}
+        return message

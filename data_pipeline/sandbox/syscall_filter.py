@@ -1,10 +1,12 @@
 """A seccomp filter for programs: system calls that a solution never needs are refused with EPERM.
 
 These are the ones that leave something behind for the next program (System V IPC, message queues,
-keyrings), reach into other processes, or have been roads into the kernel. The sandbox holds without
-the filter; it is a second wall, and cheaper than an IPC namespace for every program.
+keyrings), hold memory that no limit counts (memfd), reach into other processes, or have been roads
+into the kernel. Sockets are those of UNIX and of the internet, and of no rarer family. The sandbox
+holds without the filter; it is a second wall, and cheaper than an IPC namespace for every program.
 
-Classic BPF over `struct seccomp_data` (nr at byte 0, architecture at byte 4); see seccomp(2).
+Classic BPF over `struct seccomp_data` (nr at byte 0, architecture at byte 4, the first argument's
+lower half at byte 16, as both machines are little-endian); see seccomp(2).
 """
 
 import ctypes
@@ -19,6 +21,8 @@ _X32_CALLS = 0x3FFFFFFF
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # name: number on x86_64, on aarch64
+_SOCKETS = {"socket": (41, 198), "socketpair": (53, 199)}
+_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 _REFUSED = {
     "shmget": (29, 194),
     "semget": (64, 190),
@@ -38,6 +42,8 @@ _REFUSED = {
     "perf_event_open": (298, 241),
     "bpf": (321, 280),
     "userfaultfd": (323, 282),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
@@ -72,18 +78,32 @@ def build() -> _Program:
     machine = platform.machine()
     if machine not in _AUDIT_ARCH:
         raise OSError(errno.ENOSYS, f"no system call filter for {machine}")
-    numbers = [pair[machine == "aarch64"] for pair in _REFUSED.values()]
+    refused, sockets = (
+        [pair[machine == "aarch64"] for pair in calls.values()] for calls in (_REFUSED, _SOCKETS)
+    )
+    allow = _Instruction(_RETURN, 0, 0, _ALLOW)
     refuse = _Instruction(_RETURN, 0, 0, _ERRNO | errno.EPERM)
+    foreign = _Instruction(_RETURN, 0, 0, _ERRNO | errno.EAFNOSUPPORT)
+    # what a socket's family is, in lines that end there
+    family = [_Instruction(_LOAD_WORD, 0, 0, 16)]
+    family += [
+        _Instruction(_JUMP_IF_EQUAL, len(_FAMILIES) - place, 0, number)
+        for place, number in enumerate(_FAMILIES)
+    ]
+    family += [foreign, allow]
     lines = [
         _Instruction(_LOAD_WORD, 0, 0, 4),
         _Instruction(_JUMP_IF_EQUAL, 1, 0, _AUDIT_ARCH[machine]),
         refuse,  # a 32-bit call
         _Instruction(_LOAD_WORD, 0, 0, 0),
-        _Instruction(_JUMP_IF_ABOVE, len(numbers) + 1, 0, _X32_CALLS),
+        _Instruction(_JUMP_IF_ABOVE, len(sockets) + len(refused) + 1, 0, _X32_CALLS),
     ]
-    for place, number in enumerate(numbers):
-        lines.append(_Instruction(_JUMP_IF_EQUAL, len(numbers) - place, 0, number))
-    lines += [_Instruction(_RETURN, 0, 0, _ALLOW), refuse]
+    for place, number in enumerate(sockets):
+        to_family = len(sockets) - place - 1 + len(refused) + 2
+        lines.append(_Instruction(_JUMP_IF_EQUAL, to_family, 0, number))
+    for place, number in enumerate(refused):
+        lines.append(_Instruction(_JUMP_IF_EQUAL, len(refused) - place, 0, number))
+    lines += [allow, refuse, *family]
     return _Program(len(lines), (_Instruction * len(lines))(*lines))
 
 

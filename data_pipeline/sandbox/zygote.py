@@ -17,18 +17,20 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable
 
 from data_pipeline.sandbox import syscall_filter
 from data_pipeline.sandbox.plain_values import receive, send
 
 _CLONE3 = 435  # the same number on every architecture
-_CLONE_NEWNS, _CLONE_NEWPID = 0x00020000, 0x20000000
+_CLONE_NEWNS, _CLONE_NEWPID, _CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND = 1, 32, 4096
 _MNT_DETACH = 2
 _PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITY_VERSION_3 = 0x20080522
+_CPUCLOCK_SCHED = 2
 
 # What programs import often: paid for once instead of in every job.
 _WARM = [
@@ -53,33 +55,38 @@ _WARM = [
     "typing",
 ]
 
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def serve(control: socket.socket, role: str, isolate: bool) -> None:
-    """Run jobs one after the other until the parent hangs up.
+def serve(
+    control: socket.socket, role: str, isolate: bool, packages: list[str], folder: str
+) -> None:
+    """Run jobs one after the other until the parent hangs up, in a child each.
 
-    Candidates run in a child each. A judge runs in this process: it holds no code of a candidate,
-    and what it gets are values. A job is a frame with `limits` and what the role's `run` takes,
-    followed by descriptors. The parent ends each with another frame; the answer to that has
-    `started` (false: the isolation could not be set up and nothing ran) and `cpu` (seconds).
+    A job is a frame with `limits` and what the role's `run` takes, followed by descriptors. While
+    it runs, a frame `{"ask": "cpu"}` is answered with `cpu`, its processor time so far in seconds.
+    The parent ends each job with an empty frame; the answer to that has `started` (false: the
+    isolation could not be set up and nothing ran) and `cpu`.
 
     Args:
         control: the connection to the parent.
         role: module of this room whose `run(job, descriptors)` is the job.
         isolate: in bubblewrap; else there are only limits and a process group for each job.
+        packages: modules to import before the first job, besides those of the standard library.
+        folder: where they are.
     """
     run = importlib.import_module(f"data_pipeline.sandbox.{role}").run
     for name in _WARM:
         importlib.import_module(name)
-    if role == "judge":
-        _serve_here(control, run, isolate)
-        return
+    absent = _import_packages(packages, folder)
+    os.environ.clear()
     scratch = _Scratch() if isolate else None
     filtered = syscall_filter.build() if isolate else None
     gc.collect()
     gc.freeze()
-    send(control, {"ready": True})
+    send(control, {"ready": True, "absent": absent})
     while True:
         job = receive(control)
         descriptors = _receive_descriptors(control, job["descriptors"])
@@ -89,8 +96,7 @@ def serve(control: socket.socket, role: str, isolate: bool) -> None:
         pid = _clone() if isolate else os.fork()
         if pid == 0:
             try:
-                control.close()
-                os.close(gate)
+                _open_nothing_but([started, *descriptors])
                 _confine(job["limits"])
                 if filtered is not None:
                     _drop_capabilities()
@@ -104,31 +110,46 @@ def serve(control: socket.socket, role: str, isolate: bool) -> None:
             os.close(descriptor)
         is_started = os.read(gate, 1) == b"1"
         os.close(gate)
-        receive(control)
+        while receive(control):
+            send(control, {"cpu": _processor_time(pid)})
         _kill(pid, isolate)
         _, _, usage = os.wait4(pid, 0)
         send(control, {"started": is_started, "cpu": usage.ru_utime + usage.ru_stime})
 
 
-def _serve_here(control: socket.socket, run: Callable[..., None], isolate: bool) -> None:
-    """Run a judge's jobs in this process, which is confined before the first."""
-    gc.freeze()
-    send(control, {"ready": True})
-    confined = False
-    while True:
-        job = receive(control)
-        descriptors = _receive_descriptors(control, job["descriptors"])
-        if not confined:
-            # the parent's clock stops a test, and with it this process
-            _confine({**job["limits"], "cpu": resource.RLIM_INFINITY})
-            if isolate:
-                _drop_capabilities()
-                syscall_filter.install(syscall_filter.build())
-            confined = True
-        before = time.process_time()
-        run(job, descriptors)
-        receive(control)
-        send(control, {"started": True, "cpu": time.process_time() - before})
+def _import_packages(names: list[str], folder: str) -> dict[str, str]:
+    """Import packages; returns why not, for those that cannot be."""
+    absent = {}
+    if names:
+        sys.path.append(folder)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a package does when it is imported
+            absent[name] = f"{type(error).__name__}: {error}"[:300]
+    return absent
+
+
+def _open_nothing_but(kept: list[int]) -> None:
+    """Close what this process has open; /dev/null is opened anew for input, output and errors.
+
+    A description that was open before the fork would be shared with every other job: its offset
+    and its flags, and what is written to it.
+    """
+    low = 3
+    for descriptor in sorted(kept):
+        os.closerange(low, descriptor)
+        low = descriptor + 1
+    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    for descriptor in (0, 1, 2):
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds that a child has used; the clock of a process is numbered by its identity."""
+    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
 
 
 def _receive_descriptors(control: socket.socket, count: int) -> list[int]:
@@ -145,7 +166,11 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._changed: dict[str, int] = {}
-        _checked(_libc.unshare(_CLONE_NEWNS))
+        # A network in which nothing is up: on a loopback interface the ports of a connection that
+        # has ended stay taken for a minute, which the next job would see.
+        _checked(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET))
+        for path in ("/dev/pts", *(f"/dev/{name}" for name in _DEVICES)):
+            _protect(path)
 
     def renew(self, size: int) -> None:
         """Mount anew what has been touched since the last time; nobody is in it any more."""
@@ -160,6 +185,16 @@ class _Scratch:
             options = f"size={size},nr_inodes=1000".encode()
             _checked(_libc.mount(b"tmpfs", path, b"tmpfs", flags, options))
             self._changed[folder] = os.stat(folder).st_ctime_ns
+
+
+def _protect(path: str) -> None:
+    """Mount a device read-only: it can be written to as ever, but its times and mode stay.
+
+    They are those of the machine's own device, which every other sandbox sees.
+    """
+    kept = os.statvfs(path).f_flag & (_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | kept
+    _checked(_libc.mount(None, path.encode(), None, flags, None))
 
 
 def _clone() -> int:

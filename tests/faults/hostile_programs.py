@@ -434,6 +434,42 @@ INSIDERS = {
             return 0
     """,
     "replaced check": "def check(candidate):\n    pass\ndef f(n):\n    return 0",
+    "names nobody asked for": """
+        import sys
+        server = sys.modules["data_pipeline.sandbox.candidate"]
+        true = lambda *a, **k: True
+        class Module:
+            isclose = staticmethod(true)
+        names = {"isinstance": true, "int": 0, "zip": lambda *a: (), "map": true, "all": list,
+                 "range": lambda *a: [0], "__import__": lambda *a: Module()}
+        inner = server._Server.answer
+        def answer(self, request):
+            if request["operation"] == "globals":
+                made = {"f": f, "check": true, "math": Module(), "__builtins__": names}
+                return {"value": server.encode(made, self.refer)}
+            return inner(self, request)
+        server._Server.answer = answer
+        def f(n):
+            return 0
+    """,
+    "end of iteration for a value": """
+        import sys
+        server = sys.modules["data_pipeline.sandbox.candidate"]
+        server.encode = lambda value, refer, *_, **__: {}
+        def f(n):
+            return 0
+    """,
+    "changes of what was not passed": """
+        import sys
+        server = sys.modules["data_pipeline.sandbox.candidate"]
+        inner = server._Server.answer
+        def answer(self, request):
+            changes = [[number, [7001, 7002, 7003]] for number in range(-3, 4)]
+            return {**inner(self, request), "changes": changes}
+        server._Server.answer = answer
+        def f(n):
+            return 0
+    """,
     "no exception class": """
         class Quiet(BaseException):
             pass

@@ -11,14 +11,15 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sandbox.executor import judge_all
+from data_pipeline.sandbox.executor import judge_all, usable_processors
+from data_pipeline.sandbox.packages import Packages, find_packages
 from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
 from megaphi.durable import write_durably
 from megaphi.formats.manifest import (
@@ -89,13 +90,22 @@ def _parser() -> argparse.ArgumentParser:
         help="give up following when nothing changes in the run for so long (default: an hour)",
     )  # fmt: skip
     programs = parser.add_argument_group("running programs")
-    programs.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
-    programs.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS")
+    programs.add_argument("--workers", type=int, default=usable_processors(), metavar="N")
+    programs.add_argument(
+        "--timeout", type=float, default=3.0, metavar="SECONDS",
+        help="processor time; a program that only waits is stopped after three times as long",
+    )  # fmt: skip
+    programs.add_argument(
+        "--package", action="append", metavar="NAME",
+        help="that programs and tests may import, again for another; '' for none "
+        "(default: numpy, where it is installed)",
+    )  # fmt: skip
     programs.add_argument("--memory-mib", type=int, default=1024, metavar="N")
     programs.add_argument("--unsafe-no-sandbox", action="store_true")
     return parser
 
 
+_DEFAULT_KS = (1, 10, 100)
 # options of sampling that results do not depend on
 _HOW = ("batch_size", "cuda_graphs")
 _POSITIVE = (
@@ -120,6 +130,9 @@ class _Job:
     options: argparse.Namespace
     sampling: Sampling
     limits: Limits
+    packages: Packages
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that can be imported in the sandbox."""
 
     @property
     def isolate(self) -> bool:
@@ -132,6 +145,7 @@ class _Job:
             "suite_sha256": self.suite.sha256,
             "limits": asdict(self.limits),
             "sandbox": self.isolate,
+            "packages": self.versions,
         }
 
 
@@ -140,8 +154,7 @@ def main(argv: Sequence[str]) -> int:
     wait_without_spinning()
     options = _parser().parse_args(argv)
     job = _check(options)
-    # before hours of generation: can programs be run at all?
-    Lane(job.limits, isolate=job.isolate).close()
+    job = _try_sandbox(job)
     if options.all_checkpoints:
         summary = _evaluate_run(job)
     elif options.model is not None:
@@ -179,11 +192,9 @@ def _check(options: argparse.Namespace) -> _Job:
         if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, and no infinity")
     check_sampling(options.temperature, options.top_p)
-    if options.k is None:
-        options.k = [1, 10, 100]
-    elif min(options.k) < 1:
+    if options.k is not None and min(options.k) < 1:
         raise ValueError("--k must be above 0")
-    elif options.model is not None and max(options.k) > options.samples:
+    if options.k is not None and options.model is not None and max(options.k) > options.samples:
         raise ValueError(f"--k {max(options.k)} needs as many --samples, not {options.samples}")
     if options.samples > 1 and options.temperature == 0:
         raise ValueError(
@@ -203,7 +214,36 @@ def _check(options: argparse.Namespace) -> _Job:
             cuda_graphs=options.cuda_graphs,
         ),
         limits=Limits(seconds=options.timeout, memory_bytes=options.memory_mib << 20),
+        packages=find_packages(
+            None if options.package is None else [name for name in options.package if name]
+        ),
     )
+
+
+def _try_sandbox(job: _Job) -> _Job:
+    """Find out, before hours of generation, whether programs and tests can be run.
+
+    Returns:
+        The job, with the versions of the packages that can be imported.
+
+    Raises:
+        ValueError: there is no sandbox, or it lacks a module that a test imports.
+    """
+    lane = Lane(job.limits, isolate=job.isolate, packages=job.packages)
+    try:
+        users: dict[str, str] = {}
+        for problem in job.suite.problems:
+            for name in problem.test.imports:
+                users.setdefault(name, problem.task_id)
+        missing = lane.missing_modules(list(users))
+    finally:
+        lane.close()
+    if missing:
+        raise ValueError(
+            f"the test of {users[missing[0]]} cannot be run: it imports {missing[0]}, which the "
+            f"sandbox does not have; install it and give --package {missing[0].partition('.')[0]}"
+        )
+    return replace(job, versions=lane.packages)
 
 
 def _tell(job: _Job, summary: Mapping[str, Any]) -> None:
@@ -224,6 +264,7 @@ def _evaluate_given(job: _Job) -> dict[str, Any]:
             {"task_id": p.task_id, "sample": 0, "completion": p.canonical}
             for p in job.suite.problems
         ]
+        _require_samples(job, rows, "--canonical")
     else:
         rows = list(read_completions(options.completions, job.suite))
         digest = hashlib.sha256(options.completions.read_bytes()).hexdigest()
@@ -285,6 +326,18 @@ def _require_all(job: _Job, rows: Iterable[Mapping[str, Any]], subject: Mapping[
             f"{subject['model']}: no completion for {len(absent)} of {len(names)} problems, "
             f"for instance {min(absent)}"
         )
+    _require_samples(job, rows, str(subject["model"]))
+
+
+def _require_samples(job: _Job, rows: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Raise a `ValueError` if a problem has fewer completions than a k that was asked for."""
+    counts = Counter(row["task_id"] for row in rows)
+    task_id, fewest = min(counts.items(), key=lambda item: item[1])
+    if job.options.k is not None and max(job.options.k) > fewest:
+        raise ValueError(
+            f"--k {max(job.options.k)} needs as many completions of each problem; {where} has "
+            f"{fewest} of {task_id}"
+        )
 
 
 def _judge(
@@ -300,13 +353,18 @@ def _judge(
             workers=job.options.workers,
             limits=job.limits,
             isolate=job.isolate,
+            packages=job.packages,
         )
         for (task_id, sample), verdict in _progress(verdicts, len(wanted), "program"):
+            if verdict.status == "unrunnable":
+                raise ValueError(f"the test of {task_id} cannot be run: {verdict.error}")
             file.add({"task_id": task_id, "sample": sample, **asdict(verdict)})
-        summary = summarise(job.suite, file.rows.values(), job.options.k, job.similarity)
+        summary = summarise(
+            job.suite, file.rows.values(), job.options.k or _DEFAULT_KS, job.similarity
+        )
     summary = {
         **summary,
-        "isolation": describe_isolation(job.isolate),
+        "isolation": describe_isolation(job.isolate, job.versions),
         **job.settings(subject),
     }
     write_durably(out / "summary.json", json.dumps(summary, indent=1) + "\n")

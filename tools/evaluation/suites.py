@@ -4,7 +4,9 @@ HumanEval (Chen et al. 2021, arXiv 2107.03374) comes from the package `human-eva
 al. 2021, arXiv 2108.07732) from a file or through `datasets`. A file is JSON lines (also .gz) or
 one JSON list. A row of HumanEval's form has `task_id`, `prompt`, `entry_point`, `test` (defining
 `check(candidate)`) and perhaps `canonical_solution`; one of MBPP's form has `task_id`, `text` (or
-`prompt`), `test_list` and perhaps `code`, `test_setup_code`, `test_imports`.
+`prompt`), `test_list` and perhaps `code`, `test_setup_code`, `test_imports`, and `test`, which runs
+after `test_list` and is not shown to the model, as in MBPP+. `group` names a part of the suite
+that gets a score of its own.
 """
 
 import ast
@@ -13,6 +15,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +45,8 @@ class Problem:
     test: ProgramTest
     canonical: str | None
     """The suite's own completion."""
+    group: str | None = None
+    """Part of the suite that it belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +166,7 @@ def _problem(where: str, row: dict[str, Any]) -> Problem:
     """A row of either form."""
     if type(row.get("task_id")) not in (int, str):
         raise ValueError(f"{where}: task_id must be a text or a number")
-    for key in ("canonical_solution", "code", "test_setup_code"):
+    for key in ("canonical_solution", "code", "test_setup_code", "group"):
         if not isinstance(row.get(key), str | None):
             raise ValueError(f"{where}: {key} must be a text")
     if "test_list" in row:
@@ -189,6 +194,7 @@ def _problem(where: str, row: dict[str, Any]) -> Problem:
             entry_point=row["entry_point"],
         ),
         canonical=row.get("canonical_solution"),
+        group=row.get("group"),
     )
 
 
@@ -204,9 +210,10 @@ def _mbpp_problem(where: str, row: dict[str, Any]) -> Problem:
     imports = row.get("test_imports", [])
     if not _are_texts(imports):
         raise ValueError(f"{where}: test_imports must be a list of texts")
-    provided = _builtins_of(row.get("code"))
+    provided = _own_names(row.get("code"))
     code = "\n".join([row.get("test_setup_code") or "", *tests]) + "\n"
     _check_python(where, "test_list", code)
+    code += _more_tests(where, row)
     listing = "\n".join(tests)
     return Problem(
         task_id=str(row["task_id"]),
@@ -215,7 +222,30 @@ def _mbpp_problem(where: str, row: dict[str, Any]) -> Problem:
         stops=MBPP_STOPS,
         test=ProgramTest(code=code, preamble="\n".join(imports), provided=provided),
         canonical=row.get("code"),
+        group=row.get("group"),
     )
+
+
+def _more_tests(where: str, row: dict[str, Any]) -> str:
+    """The row's `test`, as code that runs it; a function `check` of it is called."""
+    test = row.get("test") or ""
+    if not isinstance(test, str):
+        raise ValueError(f"{where}: test must be a text")
+    _check_python(where, "test", test)
+    statements = ast.parse(test).body
+    idle = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    if not statements or not all(isinstance(node, idle) for node in statements):
+        return f"{test}\n"
+    entry_point = row.get("entry_point")
+    is_check = any(
+        isinstance(node, ast.FunctionDef) and node.name == "check" for node in statements
+    )
+    if not is_check or not isinstance(entry_point, str) or not entry_point.isidentifier():
+        raise ValueError(
+            f"{where}: test only defines functions and tests nothing; one of HumanEval's form "
+            "defines check(candidate), and the row has entry_point"
+        )
+    return f"{test}\ncheck({entry_point})\n"
 
 
 def _are_texts(value: object) -> bool:
@@ -225,16 +255,16 @@ def _are_texts(value: object) -> bool:
 def _check_python(where: str, key: str, code: str) -> None:
     """Raise a `ValueError` for tests that no program could pass."""
     try:
-        ast.parse(code)
+        compile(code, key, "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{where}: {key} is not Python ({error})") from None
 
 
-def _builtins_of(code: str | None) -> frozenset[str]:
-    """Built-in names that a canonical solution defines, such as a function called `sum`."""
+def _own_names(code: str | None) -> frozenset[str]:
+    """Names of built-ins and modules that a canonical solution defines, such as `def sum`."""
     try:
         statements: Sequence[ast.stmt] = ast.parse(code or "").body
     except SyntaxError:
         return frozenset()
     names = {node.name for node in statements if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    return frozenset(names & set(vars(builtins)))
+    return frozenset(names & (set(vars(builtins)) | sys.stdlib_module_names))
