@@ -9,7 +9,7 @@ annotators can be trusted: canaries, agreement, and labels that the text alone m
 import asyncio
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +19,8 @@ from data_pipeline.annotation.sample import choose, read_records, stratum
 from data_pipeline.llm.ask import Failure, Outcome, Traffic
 from data_pipeline.llm.completion import Request
 from data_pipeline.llm.ledger import Ledger
+from data_pipeline.llm.parameters import Adjustments
+from data_pipeline.llm.patience import Patience
 from data_pipeline.llm.prompts import QUESTION, judge_request, read_score
 from data_pipeline.llm.secrets import Redactor
 from data_pipeline.llm.session import (
@@ -35,7 +37,7 @@ from data_pipeline.runner.output import Manifest, read_manifest, write_json
 from data_pipeline.runner.stage import Options, Stage, Tally, Work, finished_output, run_stage
 from megaphi.errors import RunError
 
-VERSION = "1"
+VERSION = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Judging:
         max_chars: of a document that are shown to the annotator.
         batch: documents between canaries.
         min_canaries: share of the canaries that an annotator must judge rightly.
+        adjustments: of every request.
     """
 
     models: tuple[str, ...]
@@ -61,6 +64,7 @@ class Judging:
     max_chars: int = 8000
     batch: int = 50
     min_canaries: float = 0.8
+    adjustments: Adjustments = field(default_factory=Adjustments)
 
     def __post_init__(self) -> None:
         if len(set(self.models)) < len(self.models) or not self.models:
@@ -77,7 +81,7 @@ class Judging:
 
     def request(self, text: str, model: str, salt: str) -> Request:
         """The request to judge one text; its beginning where it is long."""
-        return judge_request(
+        request = judge_request(
             text[: self.max_chars],
             model=model,
             question=self.question,
@@ -85,6 +89,7 @@ class Judging:
             salt=salt,
             seed=self.seed,
         )
+        return self.adjustments.apply(request)
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,9 @@ def annotate(
 def _config(judging: Judging) -> dict[str, Json]:
     """The options; with a hash of the prompt, whose wording is code."""
     sample = judging.request("", judging.models[0], "")
-    return vars(judging) | {"models": list(judging.models), "prompt": _prompt_hash(sample)}
+    config: dict[str, Json] = {k: v for k, v in vars(judging).items() if k != "adjustments"}
+    config |= {"models": list(judging.models), "prompt": _prompt_hash(sample)}
+    return config | judging.adjustments.config()
 
 
 def _prompt_hash(request: Request) -> str:
@@ -246,6 +253,11 @@ async def _ask(
     annotators, traffics = [], []
     for server in servers:
         annotator = Annotator(server.model)
+        patience = Patience(
+            "ask another --model, try --answers text, or give thoughts room with "
+            "--reasoning-tokens",
+            {},
+        )
         under_way: dict[int, _Question] = {}
         total = len(annotation.chosen)
         batches = -(-total // annotation.judging.batch)
@@ -264,10 +276,14 @@ async def _ask(
             annotator: Annotator = annotator,
             under_way: dict[int, _Question] = under_way,
             progress: Progress = progress,
+            patience: Patience = patience,
         ) -> bool:
             progress.done += 1
             question = under_way.pop(number)
-            progress.accepted += _take(question, outcome, annotator, annotation.judging.answers)
+            unusable = _take(question, outcome, annotator, annotation.judging.answers)
+            reason, seen = unusable or (None, "")
+            patience.take(reason, seen, ledger.path)
+            progress.accepted += unusable is None
             return question.canary is None or not annotator.is_hopeless(enough)
 
         traffic, cap = await ask_server(
@@ -290,15 +306,18 @@ async def _ask(
     return annotators, traffics
 
 
-def _take(question: _Question, outcome: Outcome, annotator: Annotator, answers: str) -> bool:
-    """Note an outcome; returns whether it is a score."""
-    score, reason = None, "not_a_score"
+def _take(
+    question: _Question, outcome: Outcome, annotator: Annotator, answers: str
+) -> tuple[str, str] | None:
+    """Note an outcome; returns None when it is a score, else why not, and what was seen."""
+    score, reason, seen = None, "not_a_score", ""
     if isinstance(outcome, Failure):
-        reason = "no_answer"
-    elif outcome.content is None:
-        reason = outcome.problem or "no_content"
+        reason, seen = "no_answer", outcome.detail
+    elif (text := outcome.text) is not None:
+        score, seen = read_score(text, answers), repr(text[:40])
     else:
-        score = read_score(outcome.content, answers)
+        reason = "truncated" if question.request.is_cut_off(outcome) else outcome.flaw
+        seen = f"{outcome.completion_tokens} tokens"
     if question.canary is not None:
         annotator.canaries.append((*question.canary, score))
     else:
@@ -307,7 +326,7 @@ def _take(question: _Question, outcome: Outcome, annotator: Annotator, answers: 
             annotator.unscored[question.record] = reason
         else:
             annotator.scores[question.record] = score
-    return score is not None
+    return None if score is not None else (reason, seen)
 
 
 @dataclass(frozen=True)

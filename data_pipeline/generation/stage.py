@@ -18,6 +18,8 @@ from data_pipeline.generation.plan import Entry, read_plan
 from data_pipeline.llm.ask import Failure, Outcome
 from data_pipeline.llm.completion import Request
 from data_pipeline.llm.ledger import Ledger
+from data_pipeline.llm.parameters import Adjustments
+from data_pipeline.llm.patience import Patience
 from data_pipeline.llm.prices import Price
 from data_pipeline.llm.prompts import DEFAULT_PROMPTS, write_request
 from data_pipeline.llm.secrets import Redactor
@@ -40,7 +42,7 @@ from data_pipeline.runner.output import (
 from data_pipeline.runner.stage import Options, Stage, Tally, Work, finished_output, run_stage
 from megaphi.errors import RunError
 
-VERSION = "1"
+VERSION = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Writing:
         min_words: of prose in a textbook section.
         window: samples in a stretch of the growth curve.
         stop_below: see `NearDuplicateGate`.
+        adjustments: of every request.
     """
 
     model: str
@@ -66,6 +69,7 @@ class Writing:
     min_words: int = 80
     window: int = 1000
     stop_below: float = 0.0
+    adjustments: Adjustments = field(default_factory=Adjustments)
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -76,7 +80,7 @@ class Writing:
 
     def request(self, entry: Entry) -> Request:
         """The request for one entry of a plan."""
-        return write_request(
+        request = write_request(
             self.prompts[entry.kind],
             entry.fields,
             model=self.model,
@@ -84,6 +88,7 @@ class Writing:
             temperature=self.temperature,
             seed=self.seed,
         )
+        return self.adjustments.apply(request)
 
 
 def estimate(
@@ -151,18 +156,19 @@ class Sifter:
     def _record(self, entry: Entry, outcome: Outcome) -> Record:
         if isinstance(outcome, Failure):
             raise DocumentError("no_answer", outcome.detail)
-        if outcome.problem is not None or outcome.content is None:
-            raise DocumentError(outcome.problem or "no_content", "the answer cannot be used")
-        if outcome.finish_reason == "length":
+        request = self._writing.request(entry)
+        text = outcome.text
+        if request.is_cut_off(outcome):
             raise DocumentError("truncated", f"cut off at {outcome.completion_tokens} tokens")
+        if text is None:
+            raise DocumentError(outcome.flaw, "the answer cannot be used")
         extra: dict[str, Json] = {}
         if entry.kind == "exercise":
-            exercise = check_exercise(outcome.content, entry.fields["name"])
+            exercise = check_exercise(text, entry.fields["name"])
             text = exercise.text
             extra = {"problem": exercise.problem, "solution": exercise.solution}
         else:
-            text = check_textbook(outcome.content, self._writing.min_words)
-        request = self._writing.request(entry)
+            text = check_textbook(text, self._writing.min_words)
         gen: dict[str, Json] = {
             "request": request.key,
             "model": self._writing.model,
@@ -226,7 +232,8 @@ def generate(
 
     Raises:
         ValueError: `out` holds something else.
-        RunError: the server is gone, the cap was reached, or nothing was kept.
+        RunError: the server is gone, the cap was reached, nothing was kept, or none of the first
+            answers can be used (`Patience`).
         TooManyRejects: see `Options.max_reject`.
     """
     stage = _stage(writing)
@@ -237,6 +244,10 @@ def generate(
     failures: dict[str, Failure] = {}
     sifter = Sifter(writing, plan)
     progress = Progress("generate", samples)
+    patience = Patience(
+        "ask another --model, or in other words with --prompt",
+        {"too_short": "lower --min-words or raise --max-tokens"},
+    )
     under_way: dict[int, Entry] = {}
 
     def requests() -> Iterator[Request]:
@@ -249,7 +260,12 @@ def generate(
         if isinstance(outcome, Failure):
             failures[entry.id] = outcome
         progress.done += 1
-        progress.accepted += not isinstance(sifter.take(entry, outcome), Reject)
+        made = sifter.take(entry, outcome)
+        if isinstance(made, Reject):
+            patience.take(made.reason, made.detail, ledger.path)
+        else:
+            patience.take(None, "", ledger.path)
+            progress.accepted += 1
         return not sifter.gate.exhausted
 
     traffic, cap = asyncio.run(
@@ -288,10 +304,12 @@ def generate(
 
 
 def _stage(writing: Writing) -> Stage:
+    config = vars(writing) | {"prompts": dict(writing.prompts)}
+    config |= config.pop("adjustments").config()
     return Stage(
         name="generate",
         version=VERSION,
-        config=vars(writing) | {"prompts": dict(writing.prompts)},
+        config=config,
         function=_run_shard,
         notes=("texts come from a language model",),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 from data_pipeline.llm.client import Client
-from data_pipeline.llm.completion import Request
+from data_pipeline.llm.completion import Bounds, Request
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Answer, CostCapReached, Ledger
 from data_pipeline.llm.limiter import Limiter
@@ -22,6 +22,11 @@ from megaphi.errors import RunError
 BILLED_ATTEMPTS = 2  # of a request whose failures may cost money
 READ_AHEAD = 64  # requests, for each one in flight, that may be answered ahead of a slow one
 OUTAGE = 8  # requests in a row that failed for good: the server is gone
+PARAMETERS = (
+    "a parameter that the server refuses can be left out (--leave-out temperature), renamed "
+    "(--rename max_tokens=max_completion_tokens) or added (--set NAME=VALUE); --merge-system sends "
+    "no system message, --answers text no JSON schema"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,10 @@ class Failure:
 Outcome = Answer | Failure
 
 
+class Overcharged(Exception):
+    """The server has counted more tokens than a request can take."""
+
+
 class Asker:
     """Puts requests to one server.
 
@@ -122,6 +131,11 @@ class Asker:
         self._policy = policy
         self._failed_in_a_row = 0
         self._last_error = ""
+        self._overcharged = ""
+        self._broken: RunError | None = None
+        # The first request that costs money goes alone: what is wrong with all shows in one.
+        self._first = asyncio.Lock()
+        self._first_is_over = False
         self.traffic = Traffic()
         self.cap_message = ""
 
@@ -142,7 +156,8 @@ class Asker:
             Whether all was asked: false when the cost cap was reached first.
 
         Raises:
-            RunError: no request can succeed, or the server is gone.
+            RunError: no request can succeed, the server is gone, or it charges more than a request
+                can cost.
         """
         numbered = enumerate(requests)
         ready: dict[int, Outcome] = {}
@@ -165,11 +180,13 @@ class Asker:
                     except CostCapReached as error:
                         self.cap_message = str(error)
                         return
+                    except Overcharged:
+                        return
                 hand_over()
                 # What lies behind a request that takes long must not pile up.
-                while number - following > READ_AHEAD * in_flight and not self.cap_message:
+                while number - following > READ_AHEAD * in_flight and not self._is_over:
                     await asyncio.sleep(0.05)
-                if ended or self.cap_message:
+                if ended or self._is_over:
                     return
 
         try:
@@ -178,18 +195,26 @@ class Asker:
                     group.create_task(work())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+        if self._overcharged:
+            raise RunError(self._overcharged)
         if self._failed_in_a_row and not self.traffic.answered + self.traffic.reused:
             raise RunError(
                 f"{self._client.base.url}: not one request was answered, the last failed with "
-                f"{self._last_error}"
+                f"{self._last_error}{self._advice}"
             )
         return not self.cap_message
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether nothing more may be asked; what is under way is waited for."""
+        return bool(self.cap_message or self._overcharged)
 
     async def _outcome(self, request: Request) -> Outcome:
         """The stored answer of a request, or a new one.
 
         Raises:
             CostCapReached: asking might cost more than the cap leaves.
+            Overcharged: the server has charged more than a request can cost.
             RunError: no request can succeed, or the server is gone.
         """
         stored = self._ledger.answer(request.key)
@@ -199,7 +224,7 @@ class Asker:
         billed = 0
         for attempt in range(self._policy.attempts):
             try:
-                return await self._attempt(request)
+                return await self._first_alone(request)
             except CallError as error:
                 self.traffic.failures[error.reason] += 1
                 billed += error.billed
@@ -213,7 +238,21 @@ class Asker:
                     await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
+    async def _first_alone(self, request: Request) -> Answer:
+        if not self._first_is_over and self._client.most(request):
+            async with self._first:
+                if not self._first_is_over:
+                    try:
+                        return await self._attempt(request)
+                    finally:
+                        self._first_is_over = True
+        return await self._attempt(request)
+
     async def _attempt(self, request: Request) -> Answer:
+        if self._overcharged:
+            raise Overcharged
+        if self._broken is not None:
+            raise self._broken
         tokens = request.prompt_bound + request.max_tokens
         used = 0
         await self._limiter.acquire(tokens)
@@ -229,7 +268,8 @@ class Asker:
             else:
                 await self._ledger.free(request.key, error.reason)
             raise
-        except RunError:
+        except RunError as error:
+            self._broken = error
             await self._ledger.free(request.key, "refused")
             raise
         finally:
@@ -239,6 +279,9 @@ class Asker:
         self._failed_in_a_row = 0
         self.traffic.answered += 1
         self.traffic.completion_tokens += answer.completion_tokens
+        if answer.nano > self._client.most(request):
+            self._overcharged = overcharged(self._client.base.url, request.bounds, answer)
+            raise Overcharged
         return answer
 
     def _give_up(self, error: CallError) -> Failure:
@@ -255,6 +298,23 @@ class Asker:
         if self._failed_in_a_row >= OUTAGE:
             raise RunError(
                 f"{self._client.base.url}: {OUTAGE} requests in a row failed, the last with "
-                f"{error}; answers so far are kept, run again to go on"
+                f"{error}; answers so far are kept, run again to go on{self._advice}"
             )
         return Failure(error.reason, str(error))
+
+    @property
+    def _advice(self) -> str:
+        """What to do about requests that are refused for what they say."""
+        refused = self._last_error.startswith(("http_400", "http_422"))
+        return f"; {PARAMETERS}" if refused else ""
+
+
+def overcharged(url: str, bounds: Bounds, answer: Answer) -> str:
+    """What to tell the user when a server charges more than a request can cost."""
+    return (
+        f"{url}: charged {answer.prompt_tokens} prompt and {answer.completion_tokens} completion "
+        f"tokens where a request can take {bounds.prompt} and {bounds.completion}: no cap holds "
+        "there; it is booked as charged and its answer kept; raise --max-tokens, give thoughts "
+        "room with --reasoning-tokens, or name the limit as the server knows it (--rename "
+        "max_tokens=max_completion_tokens)"
+    )

@@ -4,7 +4,7 @@ The answer is bounded in bytes and time (`connection.py`) and checked (`completi
 """
 
 from data_pipeline.llm.completion import AnswerReader, Request
-from data_pipeline.llm.connection import Connection
+from data_pipeline.llm.connection import CallError, Connection
 from data_pipeline.llm.ledger import Answer
 from data_pipeline.llm.prices import Price
 from data_pipeline.llm.secrets import Redactor, Secret
@@ -70,4 +70,7 @@ class Client:
                 extra_headers={"Idempotency-Key": request.key},
             )
         )
-        return self._reader.parse(answered, request.bounds)
+        try:
+            return self._reader.parse(answered, request.bounds)
+        except CallError as error:
+            raise (self._connection.run_error(error) if error.final else error) from None

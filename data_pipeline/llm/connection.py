@@ -5,6 +5,7 @@ one call, after which another may succeed, and those that end the run.
 """
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,12 @@ from data_pipeline.llm.transport import (
 from megaphi.errors import RunError
 
 QUOTED = 200  # characters of a server's error message that are shown
+# Codes and types of errors that mean that the account can pay for nothing more. Words are no guide:
+# some servers say "quota" of what passes within a minute.
+_NO_MONEY = {
+    *("insufficient_quota", "insufficient_balance", "insufficient_credits", "insufficient_funds"),
+    *("billing_hard_limit_reached", "billing_not_active", "credits_exhausted", "quota_exhausted"),
+}
 
 
 class CallError(Exception):
@@ -31,10 +38,12 @@ class CallError(Exception):
 
     Attributes:
         reason: a short fixed word.
+        detail: what the server said, or what was seen.
         billed: whether the server may have charged for it.
         retry: whether asking again may help.
         overloaded: whether the server asked for fewer requests.
         retry_after: seconds that the server asked to wait; None when it did not.
+        final: whether no other request can succeed either.
     """
 
     def __init__(
@@ -46,19 +55,73 @@ class CallError(Exception):
         retry: bool = True,
         overloaded: bool = False,
         retry_after: float | None = None,
+        final: bool = False,
     ) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+        self.detail = detail
         self.billed = billed
         self.retry = retry
         self.overloaded = overloaded
         self.retry_after = retry_after
+        self.final = final
 
 
 def quote(text: str, redact: Redactor) -> str:
     """What a server said on one line, short and without keys."""
     clean = "".join(c if c.isprintable() else " " for c in redact(text))
     return " ".join(clean[: 4 * QUOTED].split())[:QUOTED] or "no message"
+
+
+def error_object(body: Any) -> dict[str, Any] | None:
+    """The error that a JSON body reports, with `message`, `code` and `type` as far as given.
+
+    Returns:
+        None where the body reports none.
+    """
+    if not isinstance(body, dict):
+        return None
+    error = body.get("error")
+    if isinstance(error, dict) and error:
+        return error
+    if isinstance(error, str) and error:
+        return {"message": error}
+    # vLLM and FastAPI; not of a completion, which has choices.
+    if body.get("object") == "error" or ("detail" in body and "choices" not in body):
+        return {**body, "message": body.get("message") or json.dumps(body.get("detail"))}
+    return None
+
+
+def reported_error(
+    error: dict[str, Any], status: int, redact: Redactor, retry_after: float | None = None
+) -> CallError:
+    """What an error object of a server means.
+
+    Args:
+        error: see `error_object`.
+        status: HTTP status, or that of a batch's row; 200 where the error came as an answer.
+        redact: keeps keys out of its words.
+        retry_after: seconds that the server asked to wait.
+    """
+    names = {str(error.get(name)).lower() for name in ("code", "type") if error.get(name)}
+    message = error.get("message")
+    said = quote(message if isinstance(message, str) else json.dumps(error), redact)
+    code = error.get("code")
+    if status == 200:  # then the code, if it is a number, is the status that was meant
+        number = int(str(code)) if str(code).isdecimal() and len(str(code)) == 3 else 0
+        status = number if 400 <= number < 600 else 200
+    if names & _NO_MONEY or status == 402:
+        return CallError("no_quota", said, retry=False, final=True)
+    reason = f"http_{status}" if status >= 300 else "error_object"
+    return CallError(
+        reason,
+        said,
+        retry=(status in (200, 408, 409, 429) or status >= 500)
+        and "invalid_request_error" not in names,
+        overloaded=status in (429, 503, 529),
+        retry_after=retry_after,
+        final=300 <= status < 400 or status in (401, 403, 404, 405),
+    )
 
 
 class Connection:
@@ -140,25 +203,32 @@ class Connection:
     def status_error(self, response: httpx2.Response) -> Exception:
         """What an HTTP status means."""
         status = response.status_code
-        said = quote(response.text, self._redact)
-        if status in (408, 409, 429) or status >= 500:
-            return CallError(
-                f"http_{status}",
-                said,
-                overloaded=status in (429, 503, 529),
-                retry_after=parse_retry_after(response.headers.get("retry-after")),
-            )
-        where = self.base.url
-        if 300 <= status < 400:
-            return RunError(f"{where}: redirects (HTTP {status}), which is not followed")
-        if status in (401, 403):
-            return RunError(f"{where}: the API key is refused (HTTP {status}): {said}")
-        if status in (402, 404, 405):
+        try:
+            error = error_object(json.loads(response.text))
+        except (ValueError, RecursionError):
+            error = None
+        wait = parse_retry_after(response.headers.get("retry-after"))
+        found = reported_error(
+            error or {"message": response.text}, status, self._redact, retry_after=wait
+        )
+        return self.run_error(found) if found.final else found
+
+    def run_error(self, error: CallError) -> RunError:
+        """What to tell the user of an error that no request can get past."""
+        where, said, reason = self.base.url, error.detail, error.reason
+        if reason == "no_quota":
             return RunError(
-                f"{where}: HTTP {status}: {said}; check --base-url (it mostly ends in /v1) and "
-                "--model"
+                f"{where}: the account's quota or credit is used up: {said}; the answers so far "
+                "are kept, run again once there is more"
             )
-        return CallError(f"http_{status}", said, retry=False)
+        status = reason.removeprefix("http_")
+        if status.startswith("3"):
+            return RunError(f"{where}: redirects (HTTP {status}), which is not followed")
+        if status in ("401", "403"):
+            return RunError(f"{where}: the API key is refused (HTTP {status}): {said}")
+        return RunError(
+            f"{where}: HTTP {status}: {said}; check --base-url (it mostly ends in /v1) and --model"
+        )
 
 
 def _connection_error(cause: BaseException) -> CallError:

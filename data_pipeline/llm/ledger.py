@@ -27,6 +27,7 @@ from typing import Any
 
 from data_pipeline.llm.batch_journal import Member, OpenBatch, apply_batch_line
 from data_pipeline.llm.prices import dollars
+from data_pipeline.llm.thoughts import without_thoughts
 from data_pipeline.records.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
 from megaphi.errors import RunError
 
@@ -44,7 +45,7 @@ class Answer:
         finish_reason: `stop`, `length`, …; "" when the server gave none.
         problem: why the content cannot be used, a short fixed word; None when it can.
         served_model: the name by which the server calls its model.
-        prompt_tokens: as the server counted, or the bound where its count cannot be true.
+        prompt_tokens: as the server counted, or the bound where it gave no count.
         completion_tokens: likewise.
         nano: cost in 1e-9 dollars.
     """
@@ -56,6 +57,19 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     nano: int
+
+    @property
+    def text(self) -> str | None:
+        """The content without the model's thoughts; None when nothing of it can be used."""
+        text = None if self.problem or self.content is None else without_thoughts(self.content)
+        return text if text and text.strip() else None
+
+    @property
+    def flaw(self) -> str:
+        """Why there is no `text`, a short fixed word."""
+        if self.problem is None and self.content and without_thoughts(self.content) is None:
+            return "thoughts"
+        return self.problem or "no_content"
 
 
 class Ledger:

@@ -90,7 +90,8 @@ def judge_request(
 
 
 def read_score(content: str, answers: str) -> int | None:
-    """The score in an answer; None when the answer is anything but a score."""
+    """The score in an answer, alone or in a code fence; None when it is anything but a score."""
+    content = _unfenced(content.strip())
     if answers == "text":
         digit = content.strip()
         return int(digit) if _DIGIT.fullmatch(digit) else None
@@ -103,6 +104,16 @@ def read_score(content: str, answers: str) -> int | None:
         return None
     name, score = pairs[0]
     return score if name == "score" and type(score) is int and score in SCORES else None
+
+
+def _unfenced(content: str) -> str:
+    """What a code fence holds where it holds all of a content; else the content."""
+    for mark in ("```", "~~~"):
+        first, _, rest = content.partition("\n")
+        if first.strip() in {mark + word for word in ("", "json", "JSON", "text")}:
+            inner = rest.removesuffix(mark)
+            return content if inner == rest else inner.strip()
+    return content
 
 
 TEXTBOOK = """Write $style about "$topic" in Python, for $audience, at $difficulty level.

@@ -144,14 +144,15 @@ def test_an_annotator_that_cannot_judge_is_given_up_before_all_is_asked(
 ) -> None:
     """After 20 canaries, not after the whole sample is paid; nor is the next annotator asked."""
     out = tmp_path / "labels"
-    with ScriptedServer(lambda asked, before: Reply(completion("banana"))) as server:
+    with ScriptedServer(lambda asked, before: Reply(completion('{"score": 5}'))) as server:
         arguments = [*annotate(records, out, models=("one", "two")), "--base-url", server.url]
+        arguments += ["--min-canaries", "0.9"]
         arguments += ["--batch-documents", "2", "--in-flight", "1"]
         assert main(arguments) == 1
         # batch 10 begins with canaries 19 and 20
         assert len(server.asked) == 9 * (2 + 2) + 2
         error = capsys.readouterr().err
-        assert "one: judged 0% of 20 canaries rightly" in error
+        assert "one: judged 50% of 20 canaries rightly" in error
         assert "in 38 of 120 requests" in error
         assert main([*arguments, "--in-flight", "8"]) == 1
         assert {asked.body["model"] for asked in server.asked} == {"one"}

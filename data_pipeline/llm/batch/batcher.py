@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from data_pipeline.llm.ask import BILLED_ATTEMPTS, OUTAGE, Failure, Outcome, Traffic
+from data_pipeline.llm.ask import BILLED_ATTEMPTS, OUTAGE, PARAMETERS, Failure, Outcome, Traffic
 from data_pipeline.llm.batch.client import ENDPOINT
 from data_pipeline.llm.batch.run import TOO_MUCH, BatchRunner
 from data_pipeline.llm.batch_journal import Member
@@ -117,6 +117,9 @@ class Batcher:
             found = await self._ask_round(files)
             for key in [key for key in waiting if key in self._ledger]:
                 del waiting[key]
+            final = next((error for error in found.values() if error.final), None)
+            if final is not None:
+                raise self._runner.client.run_error(final)
             for key, error in found.items():
                 tries[key] += error.reason not in TOO_MUCH
                 billed[key] += error.billed
@@ -131,9 +134,11 @@ class Batcher:
             if any(error.reason in TOO_MUCH for error in found.values()):
                 await self._wait_for_room()
         if len(failures) == asked >= OUTAGE:
+            refused = self._last_error.startswith(("http_400", "http_422"))
+            advice = f"; {PARAMETERS}" if refused else ""
             raise RunError(
                 f"{self._base.url}: none of {asked} requests was answered, the last failed "
-                f"with {self._last_error}; answers so far are kept, run again to go on"
+                f"with {self._last_error}; answers so far are kept, run again to go on{advice}"
             )
         return failures
 

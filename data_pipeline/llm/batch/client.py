@@ -18,6 +18,7 @@ from data_pipeline.llm.connection import CallError, Connection, quote
 from data_pipeline.llm.secrets import Redactor, Secret
 from data_pipeline.llm.transport import MAX_BODY_BYTES, BaseUrl
 from data_pipeline.records.record import Json
+from megaphi.errors import RunError
 
 ENDPOINT: Final = "/v1/chat/completions"
 TAG = "megaphi"  # key of a batch's metadata
@@ -75,6 +76,10 @@ class BatchClient:
     async def __aexit__(self, *exception: object) -> None:
         await self._connection.close()
         await self._downloads.close()
+
+    def run_error(self, error: CallError) -> RunError:
+        """See `Connection.run_error`."""
+        return self._connection.run_error(error)
 
     async def upload(self, tag: str, stream: BinaryIO) -> str:
         """Upload a file of requests; returns its id.

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.llm.batch_journal import Member
 from data_pipeline.llm.completion import AnswerReader, Bounds
-from data_pipeline.llm.connection import CallError
+from data_pipeline.llm.connection import CallError, error_object, reported_error
 from data_pipeline.llm.ledger import Answer
 from data_pipeline.records.record import Json
 
@@ -31,7 +31,7 @@ class RowReader:
     """
 
     def __init__(self, members: Mapping[str, Member], reader: AnswerReader) -> None:
-        self._members = members
+        self.members = members
         self._reader = reader
         self._answered: set[str] = set()
         self._counts: Counter[str] = Counter()
@@ -63,14 +63,14 @@ class RowReader:
             key = row.get("custom_id") if row is not None else None
             if row is None or not isinstance(key, str):
                 self._counts["unreadable rows"] += 1
-            elif key not in self._members:
+            elif key not in self.members:
                 self._counts["unknown rows"] += 1
             else:
                 self._counts["duplicate rows"] += key in self._seen
                 self._seen.add(key)
                 if key not in answers and is_open(key):
                     try:
-                        answers[key] = self._answer(row, self._members[key])
+                        answers[key] = self._answer(row, self.members[key])
                     except CallError as error:
                         self.errors.setdefault(key, error)
         return answers
@@ -84,14 +84,18 @@ class RowReader:
         response, error = row.get("response"), row.get("error")
         status = response.get("status_code") if isinstance(response, dict) else None
         code = error.get("code") if isinstance(error, dict) else None
-        if isinstance(response, dict) and status == 200:
-            bounds = Bounds(member.prompt, member.completion)
-            return self._reader.read(response.get("body"), bounds)
-        if type(status) is int and 300 <= status < 600:
-            retry = status in (408, 409, 429) or status >= 500
-            raise CallError(f"http_{status}", "so says the batch", retry=retry)
+        body = response.get("body") if isinstance(response, dict) else None
         if isinstance(code, str) and code in _UNDONE:
             raise CallError(code, "not done by the batch")
+        if isinstance(response, dict) and status == 200:
+            bounds = Bounds(member.prompt, member.completion)
+            return self._reader.read(body, bounds)
+        said = error_object(body) or error_object({"error": error})
+        if type(status) is int and 300 <= status < 600:
+            said = said or {"message": "a row of a batch, without a word"}
+            raise reported_error(said, status, self._reader.redact)
+        if said is not None:
+            raise reported_error(said, 200, self._reader.redact)
         # Such as status code 0: nothing says that it was not billed.
         raise CallError("no_status", "a row without answer or HTTP status", billed=True)
 

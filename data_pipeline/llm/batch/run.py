@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from data_pipeline.llm.ask import Policy, Traffic
+from data_pipeline.llm.ask import Policy, Traffic, overcharged
 from data_pipeline.llm.batch.client import ENDED, BatchClient, BatchState
 from data_pipeline.llm.batch.rows import RowReader
 from data_pipeline.llm.batch_journal import Member, OpenBatch
-from data_pipeline.llm.completion import AnswerReader
+from data_pipeline.llm.completion import AnswerReader, Bounds
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Ledger
 from data_pipeline.records.record import digest
@@ -87,6 +87,7 @@ class BatchRunner:
     traffic: Traffic = field(default_factory=Traffic)
     answered: set[str] = field(default_factory=set)
     _states: dict[str, str] = field(default_factory=dict)
+    _overcharged: str = ""
 
     async def recover(self) -> None:
         """Find and collect what a killed run has started."""
@@ -183,6 +184,8 @@ class BatchRunner:
                 self.ledger.lose_later(key, errors[key].reason)
         await self.ledger.note_batch(batch.tag, "closed", status=state.status)
         self._note(batch.tag, "")
+        if self._overcharged:
+            raise RunError(self._overcharged)
         self.traffic.batch.update(rows.counts)
         self.traffic.batch[state.status] += 1
         if refused and errors:
@@ -197,6 +200,11 @@ class BatchRunner:
             answers = rows.take(lines, self.ledger.is_open)
             if answers:
                 await self.ledger.store_many(answers)
+                for key, answer in answers.items():
+                    member = rows.members[key]
+                    if answer.nano > member.nano:
+                        bounds = Bounds(member.prompt, member.completion)
+                        self._overcharged = overcharged(self.client.base.url, bounds, answer)
                 self.answered.update(answers)
                 self.traffic.answered += len(answers)
                 used = sum(answer.completion_tokens for answer in answers.values())

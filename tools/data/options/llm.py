@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_pipeline.llm.batch.run import Batching
     from data_pipeline.llm.ledger import Ledger
+    from data_pipeline.llm.parameters import Adjustments
     from data_pipeline.llm.prices import Price
     from data_pipeline.llm.session import Estimate, Sending, Server
     from data_pipeline.runner.output import Manifest
@@ -37,6 +38,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="file of mode 0600 with the API key"
     )
+    _add_parameters(parser)
     money = parser.add_argument_group("money")
     money.add_argument("--price-in", type=float, metavar="USD", help="a million prompt tokens")
     money.add_argument("--price-out", type=float, metavar="USD", help="a million completion tokens")
@@ -77,6 +79,57 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="longest wait before asking again, whatever the server says",
     )
     _add_batch(parser)
+
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    """Options for servers that refuse, rename or need a parameter of a request."""
+    group = parser.add_argument_group("parameters of a request")
+    group.add_argument(
+        "--leave-out", action="append", default=[], metavar="NAME", help="such as temperature, seed"
+    )
+    group.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="such as max_tokens=max_completion_tokens",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="add a parameter, such as reasoning_effort=low; the value is JSON or a word",
+    )
+    group.add_argument(
+        "--reasoning-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="room for the model's thoughts, above that for the answer; they are never kept",
+    )
+    group.add_argument(
+        "--merge-system",
+        action="store_true",
+        help="put the system message in front of the user's, for models that take none",
+    )
+
+
+def adjustments(arguments: argparse.Namespace) -> "Adjustments":
+    """What the command line changes in every request.
+
+    Raises:
+        ValueError: an option cannot be used.
+    """
+    from data_pipeline.llm.parameters import read_adjustments
+
+    return read_adjustments(
+        arguments.leave_out,
+        arguments.rename,
+        arguments.set,
+        arguments.reasoning_tokens,
+        arguments.merge_system,
+    )
 
 
 def _add_batch(parser: argparse.ArgumentParser) -> None:

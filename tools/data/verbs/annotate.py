@@ -8,6 +8,7 @@ from typing import Any
 from tools.data.options.executor import HelpFormatter
 from tools.data.options.llm import (
     add_server,
+    adjustments,
     consent,
     llm_result,
     need_llm,
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         max_chars=arguments.max_chars,
         batch=arguments.batch_documents,
         min_canaries=arguments.min_canaries,
+        adjustments=adjustments(arguments),
     )
     options = stage_options(arguments)
     with guarded(redact):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tools.data.options.executor import HelpFormatter
 from tools.data.options.llm import (
     add_server,
+    adjustments,
     consent,
     llm_result,
     need_llm,
@@ -148,6 +149,7 @@ def _writing(arguments: argparse.Namespace) -> "Writing":
         min_words=arguments.min_words,
         window=arguments.window,
         stop_below=arguments.stop_below,
+        adjustments=adjustments(arguments),
     )
 
 
