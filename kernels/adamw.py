@@ -98,7 +98,7 @@ def _to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True)
 
 
-def _make_blocks(sizes: tuple[int, ...], device: torch.device) -> Blocks:
+def make_blocks(sizes: tuple[int, ...], device: torch.device) -> Blocks:
     """Cut tensors of these sizes into blocks."""
     sizes_t = torch.tensor(sizes, dtype=torch.int64)
     counts = (sizes_t + BLOCK - 1) // BLOCK
@@ -116,7 +116,7 @@ def blocks_of(tensors: list[Tensor]) -> Blocks:
     """Block tables for tensors of these sizes."""
     device = tensors[0].device
     sizes = tuple(tensor.numel() for tensor in tensors)
-    return _blocks.get((device, sizes), lambda: _make_blocks(sizes, device))
+    return _blocks.get((device, sizes), lambda: make_blocks(sizes, device))
 
 
 def addresses_of(tensors: list[Tensor]) -> Addresses:

@@ -104,7 +104,7 @@ def rotary_packed_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + offset, tl.load(qkv + offset, mask=mask), mask=mask)
 
 
-def _turn(qkv: Tensor, out: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> None:
+def turn_packed(qkv: Tensor, out: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> None:
     """Write `qkv`, turned, to `out`, which is `qkv` itself or a tensor like it.
 
     Args:
@@ -147,7 +147,7 @@ def _turn(qkv: Tensor, out: Tensor, cosine: Tensor, sine: Tensor, inverse: bool)
 @torch.library.custom_op("megaphi::rotary_packed_", mutates_args=("qkv",))
 def rotary_packed_(qkv: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> None:
     """Turn contiguous `qkv` in place; the form that torch.compile sees."""
-    _turn(qkv, qkv, cosine, sine, inverse)
+    turn_packed(qkv, qkv, cosine, sine, inverse)
 
 
 @rotary_packed_.register_fake
@@ -167,7 +167,7 @@ class _InPlace(torch.autograd.Function):
         ctx.save_for_backward(cosine, sine)
         ctx.shape = shape
         qkv = whole.view(shape)
-        _turn(qkv, qkv, cosine, sine, inverse=False)
+        turn_packed(qkv, qkv, cosine, sine, inverse=False)
         return whole
 
     @staticmethod
@@ -177,7 +177,7 @@ class _InPlace(torch.autograd.Function):
         packed = grad.contiguous().view(ctx.shape)
         turned = torch.empty_like(packed)
         cosine, sine = ctx.saved_tensors
-        _turn(packed, turned, cosine, sine, inverse=True)
+        turn_packed(packed, turned, cosine, sine, inverse=True)
         return turned.view(grad.shape), None, None, None
 
 
@@ -192,7 +192,7 @@ class _NewTensor(torch.autograd.Function):
         ctx.save_for_backward(cosine, sine)
         qkv = qkv.contiguous()
         out = torch.empty_like(qkv)
-        _turn(qkv, out, cosine, sine, inverse=False)
+        turn_packed(qkv, out, cosine, sine, inverse=False)
         return out
 
     @staticmethod
@@ -202,7 +202,7 @@ class _NewTensor(torch.autograd.Function):
         grad = grad.contiguous()
         turned = torch.empty_like(grad)
         cosine, sine = ctx.saved_tensors
-        _turn(grad, turned, cosine, sine, inverse=True)
+        turn_packed(grad, turned, cosine, sine, inverse=True)
         return turned, None, None
 
 
@@ -280,7 +280,7 @@ def rotary_packed(qkv_bthck: Tensor, cosine_tr: Tensor, sine_tr: Tensor) -> Tens
         return fresh
     shape = qkv_bthck.shape
     if not (torch.is_grad_enabled() and qkv_bthck.requires_grad):
-        _turn(whole.view(shape), whole.view(shape), cosine_tr, sine_tr, inverse=False)
+        turn_packed(whole.view(shape), whole.view(shape), cosine_tr, sine_tr, inverse=False)
         if not whole.is_inference():
             torch.autograd.graph.increment_version(whole)
         return qkv_bthck

@@ -1,12 +1,16 @@
 """Small token files, small recipes and child processes for the tests of training."""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megaphi.data.indexed import IndexedDatasetWriter
 
@@ -97,3 +101,31 @@ def curve(run_dir: Path) -> dict[tuple[int, str], tuple[float, ...]]:
         else:
             values[row["step"], "train"] = (row["loss"], row["grad_norm"])
     return values
+
+
+@contextlib.contextmanager
+def before_tensor_writes(action: Callable[[str], None]) -> Iterator[None]:
+    """Call `action` with the path before each block that goes into a checkpoint's tensor file.
+
+    Tensor files are written through torch's own file system, and so is this planted in it.
+    """
+    create_stream = FileSystem.create_stream
+
+    class Stream:
+        def __init__(self, file: Any, path: str) -> None:
+            self.file, self.path = file, path
+
+        def write(self, block: bytes) -> Any:
+            action(self.path)
+            return self.file.write(block)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    @contextlib.contextmanager
+    def watched(self: FileSystem, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with create_stream(self, path, mode) as file:
+            yield Stream(file, os.fspath(path)) if "w" in mode else file
+
+    with mock.patch.object(FileSystem, "create_stream", watched):
+        yield

@@ -160,7 +160,7 @@ RULES = (
         r"(?i:(?:api|access|auth|secret|private|client|app|service|consumer|encryption|signing)"
         r"[_-]?(?:key|secret|token|credential)s?|secret_?key|secret|token)(?![A-Za-z])"
         r"[\"']?\]?\s{0,4}(?::\s{0,4}str\s{0,4})?[=:]\s{0,4}[bru]?[\"']([A-Za-z0-9+/=_.~-]{20,200})[\"']",
-        # The assignment of a value; `_looks_real` wants three digits in it.
+        # The assignment of a value; `looks_real` wants three digits in it.
         hint=r"[=:]\s{0,4}[bru]?[\"'](?=(?:[A-Za-z+/=_.~-]*+[0-9]){3})"
         r"[A-Za-z0-9+/=_.~-]{20,200}[\"']",
     ),
@@ -227,6 +227,12 @@ _IPV4 = re.compile(r"[0-9](?<![\w.+-].)[0-9]{0,2}\.(?:[0-9]{1,3}\.){2}[0-9]{1,3}
 _IPV6_HINT = re.compile(r":(?<=[23][0-9a-fA-F]{3}:)[0-9a-fA-F]{0,4}:")
 _IPV6 = re.compile(
     r"[23](?<![\w:.].)[0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])"
+)
+# kind, hint and pattern
+PERSONAL = (
+    ("email", _EMAIL_HINT, _EMAIL),
+    ("ip_address", _IPV4_HINT, _IPV4),
+    ("ip_address", _IPV6_HINT, _IPV6),
 )
 _PUBLIC_SERVERS = {"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9"}
 _EXAMPLE_VALUE = re.compile(
@@ -323,11 +329,11 @@ def _credentials(searched: _Searched) -> Iterator[Finding]:
         group = 1 if rule.pattern.groups else 0
         for match in rule.pattern.finditer(text):
             value = match[group]
-            if not rule.random or _looks_real(value, rule.kind):
+            if not rule.random or looks_real(value, rule.kind):
                 yield Finding(rule.kind, *match.span(group))
 
 
-def _looks_real(value: str, kind: str) -> bool:
+def looks_real(value: str, kind: str) -> bool:
     """Whether a value is random enough to be a credential and not an example or a name."""
     if _EXAMPLE_VALUE.search(value):
         return False
@@ -348,19 +354,24 @@ def _entropy(value: str) -> float:
 
 
 def _personal(text: str) -> Iterator[Finding]:
-    if _EMAIL_HINT.search(text):
-        for match in _EMAIL.finditer(text):
-            if match[2].lower() not in _DOMAINS or _EXAMPLE_DOMAIN.search(match[1]):
-                continue
-            if not _EXAMPLE_PERSON.match(match[0]):
-                yield Finding("email", *match.span())
-    for hint, pattern in ((_IPV4_HINT, _IPV4), (_IPV6_HINT, _IPV6)):
+    for kind, hint, pattern in PERSONAL:
+        is_personal = is_personal_email if kind == "email" else is_personal_address
         for match in pattern.finditer(text) if hint.search(text) else ():
-            if _is_personal_address(match[0]):
-                yield Finding("ip_address", *match.span())
+            if is_personal(match[0]):
+                yield Finding(kind, *match.span())
 
 
-def _is_personal_address(value: str) -> bool:
+def is_personal_email(value: str) -> bool:
+    """An address below a known top-level domain that is not an example."""
+    domain = value.rpartition("@")[2]
+    return (
+        domain.rpartition(".")[2].lower() in _DOMAINS
+        and not _EXAMPLE_DOMAIN.search(domain)
+        and not _EXAMPLE_PERSON.match(value)
+    )
+
+
+def is_personal_address(value: str) -> bool:
     """A public address that is neither a well-known server nor a version number."""
     try:
         address = ipaddress.ip_address(value)
@@ -389,7 +400,7 @@ def _plugin_findings(searched: _Searched) -> Iterator[Finding]:
         if not searched.holds(words, kind in SOLID_PLUGINS):
             continue
         for value in sorted(set(_plugin(name).analyze_string(text))):
-            if len(value) < _MIN_PLUGIN_VALUE or not _looks_real(value, kind):
+            if len(value) < _MIN_PLUGIN_VALUE or not looks_real(value, kind):
                 continue
             # The plugins give values without positions, so that every occurrence counts.
             for match in re.finditer(re.escape(value), text):

@@ -141,7 +141,7 @@ def _compression(shards: Sequence[PartShard]) -> dict[str, Json]:
     }
 
 
-def _size_label(size: int) -> str:
+def size_label(size: int) -> str:
     """The class of a cluster size: 1, 2, 3-4, 5-8, 9-16 and so on."""
     if size <= 2:
         return str(size)
@@ -158,7 +158,7 @@ def _near_duplicates(index: Index, bands: int) -> tuple[list[dict[str, Json]], R
             growth = roots
         sizes = np.bincount(roots, minlength=len(roots))
         sizes = np.sort(sizes[sizes > 0])
-        histogram = Counter(map(_size_label, sizes.tolist()))  # in the order of size
+        histogram = Counter(map(size_label, sizes.tolist()))  # in the order of size
         found.append(
             {
                 "jaccard": level,
@@ -241,7 +241,7 @@ def _mean(shares: NDArray[np.float64]) -> float | None:
     return round(float(known.mean()), _DIGITS) if len(known) else None
 
 
-def _evenness(counts: Sequence[int]) -> dict[str, float]:
+def evenness(counts: Sequence[int]) -> dict[str, float]:
     """Entropy in bits, and as a share of what equal counts would have."""
     shares = np.array(counts, np.float64) / max(sum(counts), 1)
     entropy = float(-(shares * np.log2(shares)).sum())
@@ -267,12 +267,12 @@ def _coverage(cells: Counter[str]) -> dict[str, Json] | None:
     ranked = sorted(table.items(), key=lambda item: (-item[1], item[0]))
     return {
         "axes": {
-            key: {"counts": dict(_ranked(axis)), "entropy": _evenness(list(axis.values()))}
+            key: {"counts": dict(_ranked(axis)), "entropy": evenness(list(axis.values()))}
             for key, axis in zip(COVERAGE_KEYS, axes, strict=True)
         },
         "cells": possible,
         "empty_cells": possible - len(table),
-        "entropy": _evenness(list(table.values())),
+        "entropy": evenness(list(table.values())),
         "largest": [{"cell": list(cell), "documents": count} for cell, count in ranked[:TOP]],
         "some_empty": [list(cell) for cell in itertools.islice(empty, TOP)],
     }
@@ -289,7 +289,7 @@ def _frequencies(counter: Counter[str]) -> dict[str, Json]:
         "total": sum(counter.values()),
         "distinct": len(counter),
         "once": sum(count == 1 for count in counter.values()),
-        "entropy": _evenness(list(counter.values())) if counter else None,
+        "entropy": evenness(list(counter.values())) if counter else None,
         "top": _ranked(counter)[:TOP],
     }
 

@@ -4,7 +4,7 @@ For each output position the data set that is furthest behind its share gives it
 the largest `weight * max(position, 1) - taken`, in float64, ties to the first data set. Megatron
 walks the positions one by one in C++. Here thousands of stretches of the output are walked in
 step by numpy, each from a guessed start, and redone until each starts where the one before it
-ended: the result is that of the walk, bit for bit (see `_walk`).
+ended: the result is that of the walk, bit for bit (see `walk`).
 """
 
 import math
@@ -19,7 +19,7 @@ from megaphi.data.indexed import IndexedDataset
 
 _MAX_DATASETS = 32_766  # data set numbers are int16, and Megatron asks for fewer than 32,767
 _SURPLUS = 0.005  # Megatron's mid_level_dataset_surplus: spare samples built in each data set
-_WALK_CELLS = 1 << 21  # stretches x data sets held at once: 16 MiB of float64
+WALK_CELLS = 1 << 21  # stretches x data sets held at once: 16 MiB of float64
 
 BlendOrder = tuple[NDArray[np.int16], NDArray[np.int64]]
 
@@ -40,7 +40,7 @@ def blend_order(weights: Sequence[float] | NDArray[np.float64], size: int) -> Bl
     shares = _checked_weights(weights)
     if not math.isclose(float(shares.sum()), 1.0, rel_tol=1e-6):
         raise ValueError(f"blend weights must sum to 1, not {float(shares.sum())}")
-    dataset_index = _walk(shares, size, None)
+    dataset_index = walk(shares, size, None)
     return dataset_index, _running_counts(dataset_index)
 
 
@@ -58,7 +58,7 @@ def exhaustive_order(sizes: Sequence[int] | NDArray[np.int64]) -> BlendOrder:
     """
     limits = _checked_weights(sizes)
     total = int(np.sum(np.asarray(sizes, np.int64)))
-    dataset_index = _walk(limits / float(total), total, limits)
+    dataset_index = walk(limits / float(total), total, limits)
     return dataset_index, _running_counts(dataset_index)
 
 
@@ -71,7 +71,7 @@ def _checked_weights(weights: Sequence[float] | NDArray[Any]) -> NDArray[np.floa
     return values
 
 
-def _walk(
+def walk(
     weights: NDArray[np.float64], size: int, limits: NDArray[np.float64] | None
 ) -> NDArray[np.int16]:
     """The greedy choice at every position; data sets that reached their limit are passed over.
@@ -93,11 +93,11 @@ def _walk(
     """
     if size == 0:
         return np.empty(0, np.int16)
-    stretches = max(1, min(math.isqrt(size), _WALK_CELLS // len(weights)))
+    stretches = max(1, min(math.isqrt(size), WALK_CELLS // len(weights)))
     steps = -(-size // stretches)
     stretches = -(-size // steps)
     positions = np.arange(stretches, dtype=np.float64) * steps
-    starts = _guess_counts(weights, positions)
+    starts = guess_counts(weights, positions)
     ends = np.empty_like(starts)
     choices = np.empty((steps, stretches), np.int16)
     todo = np.arange(stretches)
@@ -121,7 +121,7 @@ def _walk(
     return choices.T.reshape(-1)[:size]
 
 
-def _guess_counts(
+def guess_counts(
     weights: NDArray[np.float64], positions: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Whole counts near `weights * position` that sum to it: [positions, K], largest remainder."""

@@ -22,7 +22,7 @@ import numpy as np
 from megaphi.formats.manifest import FileDigest
 
 # Offsets of blocks and their memory are aligned to pages, as direct IO needs it.
-_BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 8 << 20
 _NUM_BLOCKS = 3
 _DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 
@@ -32,7 +32,7 @@ class _Block:
     """Memory that is filled, then hashed and written, then filled again."""
 
     memory: memoryview = field(
-        default_factory=lambda: memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # page-aligned
+        default_factory=lambda: memoryview(mmap.mmap(-1, BLOCK_BYTES))  # page-aligned
     )
     in_use: "list[Future[None]]" = field(default_factory=list)
 
@@ -72,14 +72,14 @@ class LargeFile:
         rest = memoryview(data).cast("B")
         self.size += len(rest)
         while rest:
-            part = rest[: _BLOCK_BYTES - self._filled]
+            part = rest[: BLOCK_BYTES - self._filled]
             end = self._filled + len(part)
             # numpy lets go of Python's lock: `data` may be a mapped file that has yet to be read
             target = np.frombuffer(self._blocks[0].memory[self._filled : end], np.uint8)
             np.copyto(target, np.frombuffer(part, np.uint8))
             self._filled = end
             rest = rest[len(part) :]
-            if end == _BLOCK_BYTES:
+            if end == BLOCK_BYTES:
                 self._hand_over()
 
     def _hand_over(self) -> None:

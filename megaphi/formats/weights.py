@@ -47,7 +47,7 @@ MODEL_CONFIG_NAME = "model.json"
 MODEL_PREFIX = "model."
 _SHARDING_INFO_KEY = "DCP_SHARDING_INFO"
 _OFFSETS_KEY = "saved_offsets"
-_SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 30
 
 
 def resolve_model(path: str | Path) -> Path:
@@ -327,7 +327,7 @@ def write_weights_checkpoint(
     with new_directory(directory, identity) as work:
         write_model_config(work.content, model_config)
         written = write_shards(
-            work.content, checked(), max_bytes=_SHARD_BYTES, metadata={"format": "pt"}, work=work
+            work.content, checked(), max_bytes=SHARD_BYTES, metadata={"format": "pt"}, work=work
         )
         missing = [name for name in shapes if f"{MODEL_PREFIX}{name}" not in written.files]
         if missing:

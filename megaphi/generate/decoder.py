@@ -3,7 +3,7 @@
 On a GPU a pass over one token is hundreds of kernels of a few microseconds each, and starting them
 from Python takes longer than running them: the pass is recorded as a CUDA graph and replayed. The
 graph reads and writes fixed addresses (`megaphi.model.cache`) and looks at a fixed number of
-places, so that number grows in steps: one graph serves `_GRAPH_WINDOW` tokens.
+places, so that number grows in steps: one graph serves `GRAPH_WINDOW` tokens.
 
 Suffixes: b batch, t prompt positions, s places of the cache, v vocabulary.
 """
@@ -18,7 +18,7 @@ from megaphi.model.phi import Phi
 
 # Recording takes about as long as ten eager tokens, and a window of this size that is half empty
 # costs less than a tenth of reading phi-1's weights.
-_GRAPH_WINDOW = 256
+GRAPH_WINDOW = 256
 
 
 class Decoder:
@@ -29,7 +29,7 @@ class Decoder:
         prompts: token ids of each row, at least one row and one token each.
         capacity: tokens that the longest row may have.
         graphs: record and replay CUDA graphs; the model must be on a CUDA device.
-        window_step: places that are looked at are a multiple of this. Not given: `_GRAPH_WINDOW`
+        window_step: places that are looked at are a multiple of this. Not given: `GRAPH_WINDOW`
             with graphs, else 1, which wastes nothing.
     """
 
@@ -47,7 +47,7 @@ class Decoder:
         self._model = model
         self._device = weight.device
         self._graphs = graphs
-        self._window_step = window_step or (_GRAPH_WINDOW if graphs else 1)
+        self._window_step = window_step or (GRAPH_WINDOW if graphs else 1)
         self._capacity = capacity
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits_bv = torch.empty(0)

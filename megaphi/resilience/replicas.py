@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from megaphi.errors import RunError
 from megaphi.parallel.mesh import Mesh
 
-_BLOCK = 1 << 22  # elements hashed at a time: int64 temporaries of 32 MiB
+HASH_BLOCK = 1 << 22  # elements hashed at a time: int64 temporaries of 32 MiB
 
 
 @torch.no_grad()
@@ -33,8 +33,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     flat = tensor.detach().contiguous().view(-1)
     words = flat.view(torch.int32) if flat.element_size() >= 4 else flat.view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for number, block in enumerate(torch.split(words, _BLOCK)):
-        first = number * _BLOCK
+    for number, block in enumerate(torch.split(words, HASH_BLOCK)):
+        first = number * HASH_BLOCK
         places = torch.arange(first, first + block.numel(), device=tensor.device)
         # the factor: odd, and far from regular (Knuth's multiplicative hashing)
         total += (block.to(torch.int64) * (2 * (places * 2654435761) + 1)).sum()

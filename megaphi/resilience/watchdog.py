@@ -46,7 +46,7 @@ SLOW_START = 3
 """Loading reads the whole state and the first step compiles: they may take so many times longer."""
 
 _RECORD_BYTES = 160
-_LAST_RESORT_SECONDS = 30.0  # beyond what the watchdog needs, until Python is no longer trusted
+LAST_RESORT_SECONDS = 30.0  # beyond what the watchdog needs, until Python is no longer trusted
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ def suspects(heartbeats: list[Heartbeat]) -> tuple[list[Heartbeat], str]:
     if len(behind) == len(heartbeats) > 1:
         return behind, "all processes are at the same place: the network, a device or the storage"
     return behind, "is behind the others"
+
+
+def speaker(heartbeats: list[Heartbeat]) -> int | None:
+    """The rank that reports the hang for all: the lowest of those that noticed it, if any did."""
+    return min((beat.rank for beat in heartbeats if beat.hung), default=None)
 
 
 def describe_hang(heartbeats: list[Heartbeat], num_ranks: int, seconds: float) -> str:
@@ -169,7 +174,7 @@ class Watchdog:
         with contextlib.suppress(OSError):  # a full disk must not end the run because of this
             os.pwrite(self._file, beat.encode(), 0)
 
-    def _limit(self) -> float:
+    def limit(self) -> float:
         """Seconds without progress that are too many where the process is now."""
         is_slow = self._first_step is None or self._first_step == self._place[0]
         return self._seconds * (SLOW_START if is_slow else 1)
@@ -185,8 +190,8 @@ class Watchdog:
             last = now
             if self._place is not seen:
                 seen, still = self._place, 0.0
-            limit = self._limit()
-            last_resort = limit + self._patience() + _LAST_RESORT_SECONDS
+            limit = self.limit()
+            last_resort = limit + self._patience() + LAST_RESORT_SECONDS
             faulthandler.dump_traceback_later(last_resort, exit=True, file=2)
             if still >= limit:
                 self._leave(still)
@@ -209,8 +214,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
         time.sleep(self._patience())
         beats = self._read_all()
-        # one voice: the first that noticed
-        if self._rank == min((beat.rank for beat in beats if beat.hung), default=self._rank):
+        if speaker(beats) in (self._rank, None):
             text = describe_hang(beats, self._num_ranks, seconds)
             with contextlib.suppress(OSError):
                 message = f"megaphi: {text}; stacks in {stacks.parent}; run me again\n"

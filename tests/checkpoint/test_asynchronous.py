@@ -1,5 +1,6 @@
 """Saving in the background: what is written, when, and what happens when it cannot be."""
 
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -11,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megaphi.checkpoint import manager, shards
+from megaphi.checkpoint import manager
 from megaphi.config import Recipe
 from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_checkpoint
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
 from megaphi.training.trainer import Trainer
-from tests.helpers import curve, metrics, toy_options
+from tests.helpers import before_tensor_writes, curve, metrics, toy_options
 
 TrainHere = Callable[[list[str]], Recipe]
 
@@ -33,18 +34,26 @@ def trainer(toy_tokens: Path, tmp_path: Path) -> Iterator[Trainer]:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def gate() -> Iterator[threading.Event]:
     """Nothing of a tensor file is written before this event."""
     gate = threading.Event()
-    write = shards._HashingStream.write
 
-    def late(self: shards._HashingStream, block: bytes) -> int:
+    def wait(_: str) -> None:
         assert gate.wait(timeout=60)
-        return write(self, block)
 
-    monkeypatch.setattr(shards._HashingStream, "write", late)
-    yield gate
-    gate.set()
+    with before_tensor_writes(wait):
+        yield gate
+        gate.set()
+
+
+class TorchWithoutMemory:
+    """Stands in for the module `torch`; what it has, but no memory for new tensors."""
+
+    def empty(self, *_: object, **__: object) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 def written(checkpoint: Path) -> dict[str, Tensor]:
@@ -89,13 +98,10 @@ def test_one_save_at_a_time_and_one_snapshot(
     trainer: Trainer,
     gate: threading.Event,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The next save waits, says so once, and uses the same memory."""
-    staging = trainer.checkpoints._staging
-    assert staging is not None
-    sizes = [t.to_local().nbytes for t in trainer.state_tensors().values()]  # type: ignore[attr-defined]
-    assert staging.bytes == sum(sizes)
-    buffers = dict(staging._buffers)
+    monkeypatch.setattr("megaphi.checkpoint.staging.torch", TorchWithoutMemory())
     for step in range(1, 4):
         trainer.step_number = step
         overwrite(trainer, float(step))
@@ -105,7 +111,6 @@ def test_one_save_at_a_time_and_one_snapshot(
         gate.clear()
     gate.set()
     trainer.checkpoints.wait()
-    assert all(staging._buffers[name] is buffer for name, buffer in buffers.items())
     newest, before = find_checkpoints(trainer.run_dir)
     assert (newest.name, before.name) == ("step-00000003", "step-00000002")
     for checkpoint, value in ((newest, 3.0), (before, 2.0)):
@@ -143,11 +148,12 @@ def test_a_failed_save_stops_the_run_and_takes_nothing_with_it(
 ) -> None:
     """The third save fails: the next ends the run at the latest; `latest` and the older stay."""
     failed = False
+    stack = contextlib.ExitStack()
 
     def fail_third(function: Callable[..., Any]) -> Callable[..., Any]:
         def failing(*arguments: Any) -> Any:
             nonlocal failed
-            if not failed and "step-00000060" in str(getattr(arguments[0], "name", "")):
+            if not failed and "step-00000060" in str(arguments[0]):
                 failed = True
                 raise OSError(28, "No space left on device")
             return function(*arguments)
@@ -155,7 +161,7 @@ def test_a_failed_save_stops_the_run_and_takes_nothing_with_it(
         return failing
 
     if stage == "write":
-        monkeypatch.setattr(shards._HashingStream, "write", fail_third(shards._HashingStream.write))
+        stack.enter_context(before_tensor_writes(fail_third(str)))
     elif stage == "publish":
         monkeypatch.setattr(manager, "publish", fail_third(manager.publish))
     else:
@@ -165,7 +171,7 @@ def test_a_failed_save_stops_the_run_and_takes_nothing_with_it(
         toy_tokens, run_dir, train__steps=100, checkpoint__asynchronous="true",
         checkpoint__interval=20, train__global_batch_size=2, train__evaluation_interval=1000,
     )  # fmt: skip
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with stack, pytest.raises(CheckpointError, match="No space left on device"):
         train_here(options)
     last = metrics(run_dir)[-1]["step"]
     assert 60 <= last <= 80  # a slow disk: the next save waits for this one, and hears of it
@@ -219,16 +225,7 @@ def test_a_run_that_fails_lets_its_save_finish(
 def test_memory_that_is_not_there_is_one_clear_error(
     toy_tokens: Path, tmp_path: Path, train_here: TrainHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(*_: object, **__: object) -> None:
-        raise RuntimeError("can't allocate memory")
-
-    class Torch:
-        empty = staticmethod(no_memory)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-    monkeypatch.setattr("megaphi.checkpoint.staging.torch", Torch())
+    monkeypatch.setattr("megaphi.checkpoint.staging.torch", TorchWithoutMemory())
     options = toy_options(toy_tokens, tmp_path / "run", checkpoint__asynchronous="true")
     with pytest.raises(RuntimeError, match=r"host memory .* checkpoint\.asynchronous=false"):
         train_here(options)

@@ -18,7 +18,7 @@ BLOCK = 1 << 14
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large_file, "_BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(large_file, "BLOCK_BYTES", BLOCK)
 
 
 @pytest.fixture(params=["disk", "tmpfs"])

@@ -110,7 +110,7 @@ def test_shards_of_three_processes_are_assembled(tmp_path: Path) -> None:
 
 def test_weights_checkpoint_is_what_torch_reads(tmp_path: Path, monkeypatch) -> None:
     expected = {name: tensor.bfloat16() for name, tensor in random_tensors().items()}
-    monkeypatch.setattr("megaphi.formats.weights._SHARD_BYTES", 2000)
+    monkeypatch.setattr("megaphi.formats.weights.SHARD_BYTES", 2000)
     directory = tmp_path / "new" / "base"
     write_weights_checkpoint(directory, CONFIG, expected.items(), None, {"origin": "test"})
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from megaphi.checkpoint import manager, shards
+from megaphi.checkpoint import manager
 from megaphi.formats.manifest import CheckpointError
 from megaphi.parallel.mesh import processes
 from megaphi.precision.loss_scale import LossScale
 from megaphi.recipe_file import load_recipe
 from megaphi.training import engine
 from megaphi.training.trainer import Trainer
+from tests.helpers import before_tensor_writes
 
 
 def with_everything(argv: list[str]) -> int:
@@ -70,15 +71,13 @@ def _disturbed(argv: list[str], rank: int, disturb: Callable[[Trainer], None]) -
     recipe = load_recipe(argv)
     with processes(recipe.parallel) as mesh:
         trainer = Trainer(recipe, mesh)
-        write = shards._HashingStream.write
 
-        def disturbed(self: shards._HashingStream, block: bytes) -> int:
-            if ".step-00000010" in str(self._file.name) and mesh.rank == rank:
+        def before_write(path: str) -> None:
+            if ".step-00000010" in path and mesh.rank == rank:
                 disturb(trainer)
-            return write(self, block)
 
-        shards._HashingStream.write = disturbed
-        trainer.run()
+        with before_tensor_writes(before_write):
+            trainer.run()
     return 0
 
 

@@ -119,7 +119,7 @@ def test_sizes_far_apart_equal_the_loop() -> None:
 def test_the_cut_into_stretches_does_not_matter(monkeypatch, cells: int) -> None:
     weights = normalised([3, 1, 0.5, 0.01])
     expected = blend_order(weights, 4001)
-    monkeypatch.setattr(blend_module, "_WALK_CELLS", cells * len(weights))
+    monkeypatch.setattr(blend_module, "WALK_CELLS", cells * len(weights))
     for left, right in zip(expected, blend_order(weights, 4001), strict=True):
         assert left.tolist() == right.tolist()
 
@@ -128,21 +128,21 @@ def test_the_cut_into_stretches_does_not_matter(monkeypatch, cells: int) -> None
 def test_a_bad_guess_does_not_matter(monkeypatch, wrong: float) -> None:
     weights = normalised([3, 1, 0.5])
     expected = greedy(weights, 2000)
-    guess = blend_module._guess_counts
+    guess = blend_module.guess_counts
 
     def guess_wrong(weights, positions):
         counts = guess(weights, positions)
         counts[1:, 0] += wrong
         return counts
 
-    monkeypatch.setattr(blend_module, "_guess_counts", guess_wrong)
+    monkeypatch.setattr(blend_module, "guess_counts", guess_wrong)
     assert blend_order(weights, 2000)[0].tolist() == expected[0]
 
 
 def test_used_up_data_sets_are_passed_over() -> None:
     """With shares that follow the sizes only rounding makes this happen, beyond 10^7 samples."""
     weights, limits = [0.5, 0.3, 0.2], [300, 5, 2000]
-    choices = blend_module._walk(np.array(weights), sum(limits), np.array(limits, np.float64))
+    choices = blend_module.walk(np.array(weights), sum(limits), np.array(limits, np.float64))
     assert choices.tolist() == greedy(weights, sum(limits), limits)[0]
 
 

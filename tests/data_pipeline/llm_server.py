@@ -76,7 +76,7 @@ class ScriptedServer:
         self.asked: list[Asked] = []
         self.times: Counter[str] = Counter()
         self.completed: Counter[str] = Counter()
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -89,7 +89,7 @@ class ScriptedServer:
                     self._send_other(Asked("POST", self.path, headers, raw))
                     return
                 asked = Asked("POST", self.path, headers, json.loads(raw))
-                with server._turn:
+                with server.turn:
                     before = server.times[asked.key]
                     server.times[asked.key] += 1
                     server.asked.append(asked)
@@ -109,7 +109,7 @@ class ScriptedServer:
                 return raw
 
             def _send_other(self, asked: Asked) -> None:
-                with server._turn:
+                with server.turn:
                     server.asked.append(asked)
                     reply = server.other(asked)
                 self._send(asked, reply)
@@ -130,7 +130,7 @@ class ScriptedServer:
                     self.end_headers()
                     self.wfile.write(data)
                     if reply.status == 200 and asked.path == CHAT:
-                        with server._turn:
+                        with server.turn:
                             server.completed[asked.key] += 1
                 except OSError:  # the client has hung up, as it should
                     self.close_connection = True
@@ -190,7 +190,7 @@ class BatchServer(ScriptedServer):
     ) -> None:
         super().__init__(script)
         self._script = script
-        self._on_step = on_step
+        self.on_step = on_step
         self._finish = finish
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
@@ -212,7 +212,7 @@ class BatchServer(ScriptedServer):
             reply = getattr(self, f"_{step}")(asked, rest)
         except (KeyError, ValueError):  # there is no such file or batch
             reply = Reply({}, 404)
-        return self._on_step(step, asked) or reply
+        return self.on_step(step, asked) or reply
 
     def _upload(self, asked: Asked, rest: list[str]) -> Reply:
         message = email.message_from_bytes(

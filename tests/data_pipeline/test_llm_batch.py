@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("openai")
 
-from data_pipeline.llm.batch.client import _Lines
+from data_pipeline.llm.batch.client import LineCutter
 from data_pipeline.llm.ledger import Ledger
 from data_pipeline.llm.prices import Price, read_prices
 from tests.data_pipeline import llm_server
@@ -385,7 +385,7 @@ def test_lines_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     text = b"one\n\n\ntwo two\nfar too long for a line\nthree\n  \nlast"
     whole = [b"one", b"two two", None, b"three", b"last"]
     for size in (1, 2, 3, 5, 9):
-        lines = _Lines()
+        lines = LineCutter()
         found: list[bytes | None] = []
         for begin in range(0, len(text), size):
             found += lines.feed(text[begin : begin + size])

@@ -53,7 +53,7 @@ def test_a_file_that_does_not_end_is_cut_off() -> None:
 
     with BatchServer(lambda asked, before: Reply({})) as server:
         server.files["f"] = b""
-        server._on_step = lambda step, asked: Reply(None, write=flood)
+        server.on_step = lambda step, asked: Reply(None, write=flood)
         assert use(server, lambda client: client.download("f", 10**6, ignore)) is False
     # What is beyond the limit is on its way in the buffers of the sockets.
     assert sent < 50 * 10**6
@@ -81,7 +81,7 @@ def test_a_file_that_drips_is_given_up() -> None:
 
     with BatchServer(lambda asked, before: Reply({})) as server:
         server.files["f"] = b""
-        server._on_step = lambda step, asked: Reply(None, write=drip)
+        server.on_step = lambda step, asked: Reply(None, write=drip)
         with pytest.raises(CallError, match="timeout"):
             use(server, lambda client: client.download("f", 10**6, ignore))
 
@@ -155,7 +155,7 @@ def test_redirects_of_files_are_not_followed(status: int) -> None:
             with BatchServer(lambda asked, before: Reply({})) as server:
                 server.files["f"] = b""
                 reply = Reply(b"", status, {"Location": target})
-                server._on_step = lambda step, asked, reply=reply: reply  # type: ignore[misc]
+                server.on_step = lambda step, asked, reply=reply: reply  # type: ignore[misc]
                 with pytest.raises(RunError, match="redirects"):
                     use(server, lambda client: client.download("f", 10**6, ignore))
     assert other.asked == []

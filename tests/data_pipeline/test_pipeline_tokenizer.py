@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,11 +56,14 @@ def test_the_fast_backend_is_used_and_says_why() -> None:
 
 def test_a_backend_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     gigatoken = pytest.importorskip("gigatoken")
-    other = load_tokenizer("codegen")._tokenizer
-    wrong = tokenizers.Tokenizer(other.model)
-    wrong.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    loaded = gigatoken.Tokenizer.from_json(wrong.to_str())
-    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda text: loaded)
+    from_json = gigatoken.Tokenizer.from_json
+
+    def other_from_json(text: str) -> Any:
+        wrong = tokenizers.Tokenizer.from_str(text)
+        wrong.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        return from_json(wrong.to_str())
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", other_from_json)
     fallen_back = load_tokenizer("codegen")
     assert fallen_back.backend == "tokenizers"
     assert "other ids" in fallen_back.backend_reason

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.report.build import Corpus, build_report
-from data_pipeline.report.measures import _evenness, _size_label
+from data_pipeline.report.measures import evenness, size_label
 from data_pipeline.report.scan import coverage_cell, sample_rate
 from tests.data_pipeline.record_files import read, write_records
 from tests.data_pipeline.test_pipeline_crash import drive
@@ -186,11 +186,11 @@ def test_where_coverage_is_read_from() -> None:
 
 
 def test_classes_and_rates() -> None:
-    assert [_size_label(n) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17)] == [
+    assert [size_label(n) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17)] == [
         *("1", "2", "3-4", "3-4", "5-8", "5-8", "9-16", "9-16", "17-32")
     ]
-    assert _evenness([5, 5, 5, 5]) == {"bits": 2, "of_even": 1}
-    assert _evenness([7]) == {"bits": 0, "of_even": 1}
+    assert evenness([5, 5, 5, 5]) == {"bits": 2, "of_even": 1}
+    assert evenness([7]) == {"bits": 0, "of_even": 1}
     assert (sample_rate(1000, 10**6), sample_rate(10**9, 10**6)) == (1, 200)
 
 

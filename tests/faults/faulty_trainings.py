@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megaphi import train
-from megaphi.checkpoint import shards
 from megaphi.checkpoint.manager import CheckpointManager
 from megaphi.config import Parallel
 from megaphi.data.loader import Loader, MicroBatch
@@ -34,6 +33,7 @@ from megaphi.resilience.spikes import Rewinds
 from megaphi.resilience.watchdog import Heartbeat
 from megaphi.training.engine import Engine
 from megaphi.training.trainer import Trainer
+from tests.helpers import before_tensor_writes
 
 
 def _plan(argv: list[str]) -> dict[str, Any]:
@@ -78,6 +78,9 @@ def _at(point: str, step: int, action: Callable[[], None]) -> None:
 
     Trainer.restore = restore
     _before(Trainer, "train_step", begin)
+    if point == "save":
+        before_tensor_writes(fire).__enter__()
+        return
     owner, name = {
         "construct": (Engine, "__init__"),
         "data": (Loader, "__next__"),
@@ -86,7 +89,6 @@ def _at(point: str, step: int, action: Callable[[], None]) -> None:
         "optimizer": (AdamW, "gradient_norm"),
         "report": (Trainer, "report"),
         "evaluate": (Engine, "evaluate"),
-        "save": (shards._HashingStream, "write"),
     }[point]
     _before(owner, name, fire)
 
@@ -111,13 +113,41 @@ def stopped(argv: list[str]) -> int:
 
 def interpreter_stuck(argv: list[str]) -> int:
     """No thread of Python gets to run any more, as when a library keeps the interpreter's lock."""
-    watchdog._LAST_RESORT_SECONDS = 0.5
+    watchdog.LAST_RESORT_SECONDS = 0.5
     dog = watchdog.Watchdog(Path(argv[0]), 0, 1, 0.2)
     for step in (1, 2):
         dog.enter("forward_backward", step)
         time.sleep(0.1)
     ctypes.PyDLL(None).sleep(20)
     return 0
+
+
+def suspended(argv: list[str]) -> int:
+    """The machine stands still for an hour, and with it every clock but the one on the wall."""
+    looks: list[float] = []
+
+    class Clock:
+        """Stands in for the module `time`."""
+
+        def monotonic(self) -> float:
+            looks.append(time.monotonic() + (3600.0 if len(looks) > 3 else 0.0))
+            return looks[-1]
+
+        def time(self) -> float:
+            raise AssertionError("the clock that people set may go backwards")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(time, name)
+
+    watchdog.time = Clock()
+    dog = watchdog.Watchdog(Path(argv[0]), 0, 1, 8.0)
+    for step in (1, 2):
+        dog.enter("forward_backward", step)
+    deadline = time.monotonic() + 60
+    while len(looks) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    dog.close()
+    return 0 if len(looks) >= 6 else 1
 
 
 def signalled(argv: list[str]) -> int:
@@ -277,20 +307,18 @@ def copies_of_four(_: list[str]) -> int:
 def failed_save(argv: list[str]) -> int:
     """Rank 1 cannot write a checkpoint in the background; step 12 waits until that is known."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    write = shards._HashingStream.write
 
-    def refused(self: shards._HashingStream, block: bytes) -> int:
-        if ".step-00000010" in str(self._file.name) and _rank() == 1:
+    def refused(path: str) -> None:
+        if ".step-00000010" in path and _rank() == 1:
             raise full
-        return write(self, block)
 
     def wait(trainer: Trainer, *_: Any) -> None:
-        while trainer.step_number == 11 and trainer.checkpoints._background.busy:
+        while trainer.step_number == 11 and not trainer.checkpoints.failed:
             time.sleep(0.001)
 
-    shards._HashingStream.write = refused
     _before(Trainer, "train_step", wait)
-    return train.run(argv)
+    with before_tensor_writes(refused):
+        return train.run(argv)
 
 
 def unread(argv: list[str]) -> int:

@@ -29,7 +29,8 @@ def run(argv: list[str]) -> int:
 
 def _arm(plan: dict[str, Any]) -> None:
     """Make a fault happen in a save."""
-    original, saves = CheckpointManager._save, 0
+    original, saves = CheckpointManager.save, 0
+    disk = contextlib.ExitStack()
     trigger = _sender(plan["signal"], plan["delay"]) if plan["signal"] else None
     run_dir = Path(load_recipe(plan["options"]).train.run_dir)
 
@@ -42,14 +43,16 @@ def _arm(plan: dict[str, Any]) -> None:
     def save(self: CheckpointManager, *arguments: Any) -> None:
         nonlocal saves
         saves += 1
-        with contextlib.ExitStack() as stack:
-            if saves == plan["save"] and trigger is None:
-                stack.enter_context(watch_files(run_dir, 0, refuse))
-            elif saves == plan["save"] and trigger is not None:
-                os.write(trigger, b"x")
-            original(self, *arguments)
+        if saves == plan["save"] + 1:
+            self.wait()  # the disk is full as long as the save before is written
+            disk.close()
+        if saves == plan["save"] and trigger is None:
+            disk.enter_context(watch_files(run_dir, 0, refuse))
+        elif saves == plan["save"] and trigger is not None:
+            os.write(trigger, b"x")
+        original(self, *arguments)
 
-    setattr(CheckpointManager, "_save", save)  # noqa: B010 (its arguments are not those)
+    setattr(CheckpointManager, "save", save)  # noqa: B010 (its arguments are not those)
 
 
 def _sender(number: int, delay: float) -> int:

@@ -1,6 +1,7 @@
 """What a user gets wrong, or a disk breaks, ends in one clear line, and nothing is lost."""
 
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
 from megaphi.train import run
 from megaphi.training.trainer import Trainer
-from tests.helpers import curve, metrics, toy_options, write_toy_tokens
+from tests.helpers import before_tensor_writes, curve, metrics, toy_options, write_toy_tokens
 from tests.layouts import Launcher
 
 Train = Callable[[list[str]], Recipe]
@@ -276,24 +277,20 @@ def test_non_finite_steps_change_nothing_and_stop_the_run(
 
 
 def test_disk_full_is_named_and_older_checkpoints_stay(
-    toy_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_here: Train
+    toy_tokens: Path, tmp_path: Path, train_here: Train
 ) -> None:
-    from megaphi.checkpoint import shards
+    calls = itertools.count()
 
-    real = shards._HashingStream.write
-    calls = {"count": 0}
-
-    def write(self: object, block: bytes) -> int:
-        calls["count"] += 1
-        if calls["count"] > 1:
+    def write(_: str) -> None:
+        if next(calls) > 0:
             raise OSError(28, "No space left on device")
-        return real(self, block)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards._HashingStream, "write", write)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with (
+        before_tensor_writes(write),
+        pytest.raises(CheckpointError, match="No space left on device"),
+    ):
         train_here(toy_options(toy_tokens, tmp_path / "run"))
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000005"]
     assert not list((tmp_path / "run").glob(".step-*"))
-    monkeypatch.undo()
     train_here(toy_options(toy_tokens, tmp_path / "run"))
     assert find_checkpoints(tmp_path / "run")[0].name == "step-00000020"

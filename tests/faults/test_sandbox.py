@@ -4,8 +4,10 @@ Each escape that is harmless outside is also run there and succeeds, which shows
 does what it says; each forgery is shown to fool a runner that executes program and test together.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.sandbox.executor import judge_all
-from data_pipeline.sandbox.memory_group import descendants
+from data_pipeline.sandbox.memory_group import MemoryGroup, descendants
 from data_pipeline.sandbox.program_test import ProgramTest
 from data_pipeline.sandbox.sandbox import Lane, Limits, Verdict
 from tests.faults.hostile_programs import (
@@ -64,12 +66,19 @@ def ask(lane: Lane, program: str, call: str = "f()", equal: str = "True") -> Ver
     return lane.judge(textwrap.dedent(program), test)
 
 
-def sandbox_processes(lane: Lane) -> set[int]:
-    processes: set[int] = set()
-    for sandbox in lane._sandboxes:
-        pid = sandbox._process.pid
-        processes |= descendants(pid)
-    return processes
+def bubblewraps() -> set[int]:
+    """The processes of bubblewrap itself below this one."""
+    found = set()
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            if Path(f"/proc/{pid}/comm").read_text() == "bwrap\n":
+                found.add(pid)
+    return found
+
+
+def sandbox_processes() -> set[int]:
+    """The processes of all sandboxes that this one has."""
+    return set().union(*map(descendants, bubblewraps()))
 
 
 def answer_pings(echo: socket.socket) -> None:
@@ -158,16 +167,18 @@ def test_children_do_not_outlive_their_program(lane: Lane) -> None:
                     os._exit(0)
             return True
     """
-    idle = sandbox_processes(lane)
+    idle = sandbox_processes()
     assert ask(lane, program).passed
-    assert sandbox_processes(lane) == idle
+    assert sandbox_processes() == idle
 
 
 @needs_sandbox
 def test_memory_of_all_processes_together(lane: Lane) -> None:
     """Children of a program are counted with it: here four of 400 MB, of 1 GiB for all."""
-    if lane._sandboxes[0]._group.path is None:
+    group = MemoryGroup(1 << 30)
+    if group.path is None:
         pytest.skip("no control group for memory can be made here")
+    group.close()
     program = """
         import os, time
         def f():
@@ -223,12 +234,15 @@ def test_program_runs_as_nobody_with_no_capability(lane: Lane) -> None:
 
 @needs_sandbox
 def test_broken_sandbox_is_replaced() -> None:
+    others, other_processes = bubblewraps(), sandbox_processes()
     lane = Lane(LIMITS)
     try:
-        for sandbox in lane._sandboxes:
-            sandbox._process.kill()
+        broken = bubblewraps() - others
+        assert len(broken) >= 2
+        for pid in broken:
+            os.kill(pid, signal.SIGKILL)
         assert ask(lane, "def f():\n    return True").passed
-        left = sandbox_processes(lane)
+        left = sandbox_processes() - other_processes
         assert len(left) >= 4
     finally:
         lane.close()
@@ -257,12 +271,11 @@ def test_killed_evaluation_leaves_no_process(tmp_path: Path) -> None:
         assert time.monotonic() < deadline, "processes outlive the evaluation"
         time.sleep(0.02)
     # the control groups that it could not remove are removed by the next
-    lane = Lane(LIMITS)
-    group = lane._sandboxes[0]._group.path
-    lane.close()
-    if group is not None:
-        assert not list(group.parent.glob(f"megaphi-{child.pid}-*"))
-        assert not list(group.parent.glob(group.name))
+    Lane(LIMITS).close()
+    group = MemoryGroup(1 << 30)
+    if group.path is not None:
+        assert not list(group.path.parent.glob(f"megaphi-{child.pid}-*"))
+    group.close()
 
 
 def judged(lane: Lane, program: str) -> Verdict:

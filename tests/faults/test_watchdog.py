@@ -1,21 +1,19 @@
 """A process that stands still is named, with its step and phase, and the others end."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from megaphi.config import Recipe
 from megaphi.errors import EXIT_HUNG
-from megaphi.resilience import watchdog
 from megaphi.resilience.watchdog import (
     SLOW_START,
     Heartbeat,
     Watchdog,
     describe_hang,
+    speaker,
     suspects,
 )
 from tests.helpers import toy_options
@@ -45,7 +43,7 @@ def test_a_stopped_process_is_named(
     assert f"at step 10 in {phase}: does not answer" in line
     stacks = (run_dir / "hangs" / f"rank-{1 - rank:05d}.txt").read_text()
     assert "trainer.py" in stacks  # where the survivor waits
-    assert "_watch" in stacks  # and its other threads
+    assert "watchdog.py" in stacks  # and its other threads
 
 
 def beat(rank: int, step: int, phase: str, hung: bool = True) -> Heartbeat:
@@ -63,6 +61,13 @@ def test_who_is_guilty() -> None:
     everyone, reason = suspects(waiting)
     assert everyone == waiting
     assert "all processes" in reason
+
+
+def test_the_first_that_noticed_speaks_for_all() -> None:
+    silent = beat(0, 7, "forward_backward", hung=False)
+    noticed = [beat(rank, 7, "forward_backward") for rank in (2, 1)]
+    assert speaker([silent, *noticed]) == 1
+    assert speaker([silent]) is None
 
 
 def test_what_is_said() -> None:
@@ -83,64 +88,8 @@ def test_heartbeats_are_read_as_they_were_written() -> None:
     assert len(long.encode()) == len(written.encode())
 
 
-class Clock:
-    """Stands in for the module `time`; only `sleep` lets time go by."""
-
-    def __init__(self, during_sleep: Callable[[], None] = lambda: None) -> None:
-        self.now = 1000.0
-        self.during_sleep = during_sleep
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def strftime(self, _: str) -> str:
-        return "now"
-
-    def time(self) -> NoReturn:
-        raise AssertionError("the clock that people set may go backwards")
-
-    def sleep(self, _: float) -> None:
-        self.during_sleep()
-
-
-class Left(Exception):
-    """In place of the end of the process."""
-
-
-def seconds_until_it_leaves(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, places: list[tuple[str, int]],
-    jumps: dict[int, float],
-) -> float:  # fmt: skip
-    """Run the thread's loop, 10 s allowed, with the jumps of the clock at some of its looks."""
-    clock, looks = Clock(), iter(range(1_000_000))
-    monkeypatch.setattr(watchdog, "time", clock)
-    dog = Watchdog(run_dir, 0, 1, 0)  # without a thread
-    dog._seconds = 10.0
-    for place in places:
-        dog.enter(*place)
-    started = clock.now
-
-    def wait(tick: float) -> bool:
-        clock.now += tick + jumps.get(next(looks), 0.0)
-        return False
-
-    def leave(_: float) -> None:
-        raise Left
-
-    monkeypatch.setattr(dog._closed, "wait", wait)
-    monkeypatch.setattr(dog, "_leave", leave)
-    try:
-        with pytest.raises(Left):
-            dog._watch()
-    finally:
-        watchdog.faulthandler.cancel_dump_traceback_later()
-    return clock.now - started
-
-
-def test_start_and_first_step_may_take_longer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also those after a rewind; and the clock is one that nobody can set."""
+def test_start_and_first_step_may_take_longer(tmp_path: Path) -> None:
+    """Also those after a rewind."""
     step = [("forward_backward", 7), ("optimizer", 7)]
     for places, times in (
         ([], SLOW_START),
@@ -148,63 +97,18 @@ def test_start_and_first_step_may_take_longer(
         ([*step, ("data", 8)], 1),
         ([*step, ("data", 8), ("rewind", 8), ("forward_backward", 5)], SLOW_START),
     ):
-        waited = seconds_until_it_leaves(tmp_path, monkeypatch, places, {})
-        assert waited == pytest.approx(10 * times, abs=1.0), places
+        dog = Watchdog(tmp_path, 0, 1, 1000.0)
+        for place in places:
+            dog.enter(*place)
+        assert dog.limit() == 1000 * times, places
+        dog.close()
     assert SLOW_START > 1
 
 
-def test_a_machine_that_was_suspended_has_not_hung(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An hour goes by at one look; the process is then given its time."""
-    places = [("report", 7), ("report", 8)]
-    waited = seconds_until_it_leaves(tmp_path, monkeypatch, places, {2: 3600.0})
-    assert 3600 + 7 <= waited <= 3600 + 11
-
-
-def leave(
-    run_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch, during: Callable[[], None]
-) -> str:
-    """Let a process of three find that it hangs; what it says, if anything."""
-    statuses: list[int] = []
-    words: list[bytes] = []
-
-    def leave_with(status: int) -> NoReturn:
-        statuses.append(status)
-        raise Left
-
-    monkeypatch.setattr(watchdog, "time", Clock(during))
-    monkeypatch.setattr(watchdog.os, "_exit", leave_with)
-    monkeypatch.setattr(watchdog.os, "write", lambda _, text: words.append(text))
-    dog = Watchdog(run_dir, rank, 3, 0)
-    dog._file = os.open(dog._path(rank), os.O_RDWR | os.O_CREAT)
-    dog.enter("forward_backward", 7)
-    with pytest.raises(Left):
-        dog._leave(8.0)
-    monkeypatch.undo()
-    os.close(dog._file)
-    assert statuses == [EXIT_HUNG]
-    return b"".join(words).decode()
-
-
-def test_the_first_that_noticed_speaks_for_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ranks 0 and 1 wait for rank 2; rank 0 notices while rank 1 gives it the time to."""
-    for name in ("heartbeats", "hangs"):
-        (tmp_path / name).mkdir()
-
-    def write(rank: int, hung: bool) -> None:
-        path = tmp_path / "heartbeats" / f"rank-{rank:05d}"
-        path.write_bytes(beat(rank, 7, "forward_backward", hung=hung).encode())
-
-    write(0, False)
-    write(2, False)
-    assert leave(tmp_path, 1, monkeypatch, lambda: write(0, True)) == ""
-    said = leave(tmp_path, 0, monkeypatch, lambda: write(1, True))
-    assert "rank 2 (host node2, process 102) at step 7" in said
-    assert "rank 1" not in said
-    assert said.endswith("; run me again\n")
+def test_a_machine_that_was_suspended_has_not_hung(launcher: Launcher, tmp_path: Path) -> None:
+    """An hour goes by at one look of the watchdog, by a clock that nobody can set."""
+    log, entry = tmp_path / "log", "tests.faults.faulty_trainings:suspended"
+    assert launcher.train([str(tmp_path)], 1, log, entry) == [0], log.read_text()
 
 
 def test_a_stuck_interpreter_ends_as_well(launcher: Launcher, tmp_path: Path) -> None:
@@ -220,12 +124,12 @@ def test_waiting_for_data_is_a_phase(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """What a hang of the storage would be called; the step goes on where it was."""
-    entered: list[tuple[int, str]] = []
+    entered: list[tuple[int, str]] = [(0, "start")]
 
     class Noted(Watchdog):
         def enter(self, phase: str, step: int | None = None) -> None:
             super().enter(phase, step)
-            entered.append(self._place)
+            entered.append((entered[-1][0] if step is None else step, phase))
 
     monkeypatch.setattr("megaphi.training.trainer.Watchdog", Noted)
     train_here(toy_options(toy_tokens, tmp_path / "run", train__steps=2))

@@ -5,12 +5,12 @@ import torch
 
 from megaphi.config import Model
 from megaphi.generate import generate
-from megaphi.generate.decoder import _GRAPH_WINDOW, Decoder
+from megaphi.generate.decoder import GRAPH_WINDOW, Decoder
 from megaphi.model.phi import Phi
 from tests.gpu.device import DEVICE, ON_GPU, needs_gpu, pytestmark  # noqa: F401
 
 # long enough on a GPU for graphs of three windows
-NEW_TOKENS = 2 * _GRAPH_WINDOW + 40 if ON_GPU else 30
+NEW_TOKENS = 2 * GRAPH_WINDOW + 40 if ON_GPU else 30
 CONFIG = Model(num_layers=3, hidden_size=64, num_heads=4, vocab_size=211, max_sequence_length=1024)
 PROMPTS = [[3, 1, 4], [15], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 2, 3, 8]]
 

@@ -176,7 +176,7 @@ def test_caches_are_bounded_and_keep_what_is_used() -> None:
 
 def test_block_tables_reach_beyond_32_bits() -> None:
     """A parameter of 2^33 elements, followed by an empty one and a small one."""
-    blocks = adamw._make_blocks((2**33, 0, 5), torch.device("cpu"))
+    blocks = adamw.make_blocks((2**33, 0, 5), torch.device("cpu"))
     whole = 2**33 // BLOCK
     assert blocks.count == whole + 1
     assert blocks.first.tolist() == [0, whole, whole]
@@ -243,8 +243,9 @@ def test_autograd_sees_the_update() -> None:
 def test_operators_are_well_formed() -> None:
     state = random_state([(5,), (2, 3)])
     scalars = (torch.tensor(2.0), torch.tensor(True), torch.tensor(0.5))
-    torch.library.opcheck(adamw._step_operator, (*state, *scalars, *OPTIONS.values(), 0.1))
-    torch.library.opcheck(adamw._squares_operator, (state[1],))
+    operators = torch.ops.megaphi
+    torch.library.opcheck(operators.adamw_step_.default, (*state, *scalars, *OPTIONS.values(), 0.1))
+    torch.library.opcheck(operators.sum_of_squares.default, (state[1],))
 
 
 @interpreted

@@ -145,7 +145,8 @@ class TestNumerics:
         values = leaves((3, 4, 12), (12,), (12,))
         torch.library.opcheck(torch.ops.megaphi.layer_norm.default, (*values, EPSILON))
         x, weight, _ = (value.detach() for value in values)
-        _, mean, rstd = module._forward(x, weight, weight, EPSILON)
+        mean = x.mean(-1).view(-1)
+        rstd = (x.var(-1, unbiased=False) + EPSILON).rsqrt().view(-1)
         torch.library.opcheck(
             torch.ops.megaphi.layer_norm_backward.default,
             (torch.randn(3, 4, 12), x, weight, mean, rstd),

@@ -16,7 +16,7 @@ from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
 if interpreting():
-    from kernels.rotary import _turn, rotary_packed, rotary_packed_
+    from kernels.rotary import rotary_packed, rotary_packed_, turn_packed
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 needs_triton = pytest.mark.skipif(
@@ -91,7 +91,7 @@ def test_copying_form_and_its_inverse(shape: tuple[int, ...], dtype: torch.dtype
     original = qkv.clone()
     for inverse in (False, True):
         out = torch.full_like(qkv, float("nan"))
-        _turn(qkv, out, cosine, sine, inverse)
+        turn_packed(qkv, out, cosine, sine, inverse)
         assert torch.equal(qkv, original)
         assert torch.equal(out[..., 2, :], original[..., 2, :])
         assert torch.equal(out[..., 2 * half :], original[..., 2 * half :])

@@ -1,8 +1,8 @@
 """`megaphi bench data` from end to end at a tiny size; no time is asserted."""
 
 import json
+import shutil
 import subprocess
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import tokenizers
 
 import tools.bench.command
 import tools.bench.data.command
+import tools.bench.machine
+from tools.bench.data.rows import Group, Tool
 from tools.cli import main
 
 SMALL = ["--megabytes=0.05", "--index-tokens=50000", "--blend-samples=9000", "--loader-samples=20"]
@@ -120,22 +122,17 @@ def test_megatron_core_gives_the_same_results(words: list[str], capsys) -> None:
 def test_a_peer_that_fails_does_not_stop_the_others(
     tmp_path: Path, words: list[str], monkeypatch, capsys
 ) -> None:
-    ours = tools.bench.data.command.Tool("ours", "blend_megaphi", ours=True)
-    broken = tools.bench.data.command.Tool("broken", "no_such_measure", "numpy")
-    groups = (tools.bench.data.command.Group("g", "samples/s", 1.0, (ours, broken)),)
-    request = {"blend_samples": 50}
-    entry = tools.bench.data.command._run_group(
-        groups[0], request, tmp_path, Namespace(repeats=2, megatron_lm=None)
-    )
-    first, second = entry["rows"]
-    assert first["amount"] == 50
-    assert second["problem"] == "failed: no_such_measure: KeyError: 'no_such_measure'"
-    groups = (
-        tools.bench.data.command.Group(
-            "g", "samples/s", 1.0, (broken.__class__("o", "none", ours=True),)
-        ),
-    )
+    ours = Tool("ours", "blend_megaphi", ours=True)
+    broken = Tool("broken", "no_such_measure", "numpy")
+    groups = (Group("g", "samples/s", 1.0, (ours, broken)),)
     monkeypatch.setattr(tools.bench.data.command, "GROUPS", groups)
+    assert main([*words, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["groups"][0]["rows"]
+    assert first["amount"] == 9000
+    assert "no_such_measure" in second["problem"]
+    groups = (Group("g", "samples/s", 1.0, (Tool("o", "none", ours=True),)),)
+    monkeypatch.setattr(tools.bench.data.command, "GROUPS", groups)
+    shutil.rmtree(tmp_path / "out")
     assert main(words) == 1  # ours must not fail
     assert "KeyError: 'none'" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

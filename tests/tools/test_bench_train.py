@@ -13,6 +13,7 @@ import pytest
 from megaphi.config import Data, Recipe, Train
 from megaphi.data.indexed import IndexedDataset
 from tests.helpers import REPOSITORY
+from tools.bench.command import build_parser
 from tools.bench.train.command import (
     Configuration,
     compare,
@@ -142,9 +143,7 @@ def test_only_the_work_of_a_trace_counts() -> None:
 
 
 def options(*words: str) -> Any:
-    from tools.bench.train.command import _parser
-
-    return _parser().parse_args(["train", "--out", "x", *words])
+    return build_parser().parse_args(["train", "--out", "x", *words])
 
 
 def test_configurations_are_a_product_and_peers_come_last() -> None:

@@ -107,7 +107,7 @@ def test_a_killed_import_goes_on(
 
     hf, out = tmp_path / "hf", tmp_path / "back"
     converted(to_hf(make_checkpoint(tmp_path / "model"), hf), capsys)
-    monkeypatch.setattr(weights, "_SHARD_BYTES", 40_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 40_000)
     words = ["convert", "from-hf", str(hf), str(out), "--json"]
     killed_at_part(2, words)
     assert converted(words, capsys)["reused"] == 1

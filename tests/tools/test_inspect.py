@@ -133,7 +133,7 @@ def test_a_document_of_several_sequences(tmp_path: Path, capsys) -> None:
 
 
 def test_ends_are_sampled_and_deep_looks_at_all(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("tools.inspect.data._READ_TOKENS", 7)  # documents lie across blocks
+    monkeypatch.setattr("tools.inspect.data.READ_TOKENS", 7)  # documents lie across blocks
     prefix = write_tokens(tmp_path / "t", [[1, EOD]] * 2999 + [[1, 2]])
     report = inspect(capsys, prefix)
     assert report["documents_checked_for_eod"] == 1000

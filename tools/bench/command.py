@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
         ValueError: the call is wrong.
         RunError: a measurement of our own failed.
     """
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     from megaphi.durable import write_durably
 
     machine = describe_machine(["megaphi", "bench", *argv], options.packages)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_FAILED if report.get("failed") else EXIT_OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The sub-verbs and their options."""
     parser = argparse.ArgumentParser(
         prog="megaphi bench",

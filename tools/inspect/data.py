@@ -13,7 +13,7 @@ from megaphi.errors import RunError
 
 _EOD_SAMPLE = 1000  # documents whose end is looked at without --deep
 _HEAD_TOKENS = 256  # tokens shown of each document
-_READ_TOKENS = 1 << 22
+READ_TOKENS = 1 << 22
 
 
 def describe_tokens(prefix: str, *, deep: bool, head: int) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _read_ids(
     """
     smallest, largest, ended, start = np.iinfo(np.int64).max, 0, 0, 0
     with path.open("rb") as file:
-        while (block := np.fromfile(file, dtype, _READ_TOKENS)).size:
+        while (block := np.fromfile(file, dtype, READ_TOKENS)).size:
             smallest = min(smallest, int(block.min()))
             largest = max(largest, int(block.max()))
             first, last = np.searchsorted(ends, [start, start + block.size])

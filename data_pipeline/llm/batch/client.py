@@ -185,7 +185,7 @@ class BatchClient:
         """
         loop = asyncio.get_running_loop()
         started, received = loop.time(), 0
-        lines = _Lines()
+        lines = LineCutter()
         files = self._downloads.openai.files.with_streaming_response
         try:
             async with asyncio.timeout(self._downloads.deadline) as limit:
@@ -255,7 +255,7 @@ class BatchClient:
         )
 
 
-class _Lines:
+class LineCutter:
     """Cuts pieces into lines; one longer than `MAX_LINE_BYTES` becomes None."""
 
     def __init__(self) -> None:
