@@ -70,11 +70,13 @@ setup(
         # draws the results of `megaphi bench`
         "plot": ["matplotlib>=3.8"],
         "test": [
+            "coverage>=7",
             "hypothesis>=6",
             # checks the direction of imports
             "import-linter>=2.5",
             "mypy>=1.15",
             "pytest>=8",
+            "pytest-cov>=6",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "types-PyYAML",

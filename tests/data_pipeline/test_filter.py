@@ -404,10 +404,10 @@ def test_a_text_that_gives_no_features_is_rejected(
     assert manifest.records_out == 495
 
 
-def test_killed_at_every_thirtieth_file_operation(trained: Path, tmp_path: Path) -> None:
+def test_killed_at_any_file_operation(trained: Path, tmp_path: Path) -> None:
     records = write_records(tmp_path, [rows_of(8, 2), rows_of(8, 3)])
     argv = ["data", "filter", str(records), "--out", str(tmp_path / "out")]
     argv += ["--filter", str(trained / "filter"), "--threshold", "0.5", "--workers", "1"]
-    report = drive(tmp_path, "out", 30, "out/manifest.json", argv)
-    assert int(str(report["killed"])) >= 3
+    report = drive(tmp_path, "out", "out/manifest.json", argv)
+    assert int(str(report["killed"])) >= 1
     assert "out/drift.json" in str(report["files"])

@@ -259,11 +259,11 @@ def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None
     assert rejects[0].count(b"\n") == len(BAD)
 
 
-def test_killed_at_every_ninth_file_operation(tmp_path: Path) -> None:
+def test_killed_at_any_file_operation(tmp_path: Path) -> None:
     rows = [{"text": text} for text in (*BAD.values(), GOOD)]
     records = write_records(tmp_path, [rows[::2], rows[1::2]])
     argv = ["data", "heuristics", str(records), "--out", str(tmp_path / "out"), "--workers", "1"]
     argv += ["--max-reject", "1", "--no-detect-secrets"]
-    report = drive(tmp_path, "out", 9, "out/manifest.json", argv)
-    assert int(str(report["killed"])) >= 3
+    report = drive(tmp_path, "out", "out/manifest.json", argv)
+    assert int(str(report["killed"])) >= 1
     assert "out/part-00000.jsonl" in str(report["files"])

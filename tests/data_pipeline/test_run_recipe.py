@@ -321,11 +321,13 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(
         assert status == 0, (tmp_path / "log").read_text()
         golden = outputs(tmp_path / "whole")
         assert {"first.bin", "first.idx", "tokens/both.bin", "tokens/both.idx"} <= set(golden)
-        rng = random.Random(29)
+        seed = random.SystemRandom().randrange(1_000_000)
+        print(f"seed {seed}")
+        rng = random.Random(seed)
         killed, rounds = 0, 0
-        while killed < 12:
+        while killed < 3:
             rounds += 1
-            assert rounds < 60, "the runs end before they can be killed"
+            assert rounds < 20, "the runs end before they can be killed"
             work = tmp_path / f"round-{rounds}"
             # several kills of one corpus, each at another instant, then on to the end
             for _ in range(3):

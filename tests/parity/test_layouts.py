@@ -91,7 +91,13 @@ def axes(layout: tuple[int, int, int, int]) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("layout", layouts(), ids=str)
+def short_or_slow(layout: tuple[int, int, int, int]) -> Any:
+    """Each axis and each pair of axes, two processes wide, is short; the rest is slow."""
+    is_short = max(layout) == 2 and sum(size > 1 for size in layout) <= 2
+    return pytest.param(layout, marks=() if is_short else pytest.mark.slow, id=str(layout))
+
+
+@pytest.mark.parametrize("layout", [short_or_slow(layout) for layout in layouts()])
 def test_every_layout_gives_the_curve_of_one_process(
     launcher: Launcher,
     one_process: Path,
@@ -106,7 +112,7 @@ def test_every_layout_gives_the_curve_of_one_process(
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[1:])
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_schedule_gives_the_curve_of_one_process(
     launcher: Launcher,
     one_process: Path,
@@ -130,6 +136,7 @@ def test_every_schedule_gives_the_curve_of_one_process(
     assert_same_curve(one_process, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("reshard", ["false", "true"])
 def test_recomputation_and_full_sharding_change_nothing(
@@ -154,7 +161,15 @@ def test_recomputation_and_full_sharding_change_nothing(
 
 
 @pytest.mark.parametrize(
-    "layout", [(1, 2, 1, 1), (1, 4, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2), (2, 2, 1, 1)], ids=str
+    "layout",
+    [
+        (1, 2, 1, 1),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in [(1, 4, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2), (2, 2, 1, 1)]
+        ),
+    ],
+    ids=str,
 )
 def test_groups_with_whole_sets_of_shards_change_nothing(
     launcher: Launcher,
@@ -178,7 +193,9 @@ def test_stages_of_unequal_size(launcher: Launcher, toy_tokens: Path, tmp_path: 
     assert_same_curve(one, two)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", ["bf16", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp16", "fp32"))]
+)
 def test_number_formats_agree_under_every_axis(
     launcher: Launcher, one_process: Path, toy_tokens: Path, tmp_path: Path, dtype: str
 ) -> None:
