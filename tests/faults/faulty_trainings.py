@@ -3,6 +3,7 @@
 What happens is read from `<run_dir>.plan.json`; a fault hits one rank, at one step.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -34,6 +35,8 @@ from megaphi.resilience.watchdog import Heartbeat
 from megaphi.training.engine import Engine
 from megaphi.training.trainer import Trainer
 from tests.helpers import before_tensor_writes
+
+_planted = contextlib.ExitStack()  # until the process ends
 
 
 def _plan(argv: list[str]) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def _at(point: str, step: int, action: Callable[[], None]) -> None:
     Trainer.restore = restore
     _before(Trainer, "train_step", begin)
     if point == "save":
-        before_tensor_writes(fire).__enter__()
+        _planted.enter_context(before_tensor_writes(fire))
         return
     owner, name = {
         "construct": (Engine, "__init__"),

@@ -12,7 +12,8 @@ import tokenizers
 import tools.bench.command
 import tools.bench.data.command
 import tools.bench.machine
-from tools.bench.data.rows import Group, Tool
+from tools.bench.data.rows import MEGATRON_LM, Group, Tool
+from tools.bench.machine import package_version
 from tools.cli import main
 
 SMALL = ["--megabytes=0.05", "--index-tokens=50000", "--blend-samples=9000", "--loader-samples=20"]
@@ -47,10 +48,6 @@ def words(tmp_path: Path) -> list[str]:
     return ["bench", "data", *out, "--tokenizer", str(tmp_path / "tokenizer"), *SMALL]
 
 
-def without_megatron(name: str) -> str | None:
-    return None if name == "megatron-core" else tools.bench.machine.package_version(name)
-
-
 def check_rows(report: dict[str, Any], groups: list[str]) -> None:
     """Every row has rates that follow from its own seconds, and ratios from the rates."""
     scales = {"MB/s": 1e6, "M pairs/s": 1e6, "M tokens/s": 1e6, "M samples/s": 1e6, "samples/s": 1}
@@ -74,49 +71,40 @@ def check_rows(report: dict[str, Any], groups: list[str]) -> None:
                 assert row["megaphi_ratio"] * row["rate"] == pytest.approx(ours["rate"])
 
 
-def test_bench_data(tmp_path: Path, words: list[str], monkeypatch, capsys) -> None:
-    monkeypatch.setattr(tools.bench.data.command, "package_version", without_megatron)
+@pytest.mark.slow
+def test_every_group(tmp_path: Path, words: list[str], capsys) -> None:
+    """With the packages that there are; the results of all of them are equal."""
     assert main([*words, "--repeats", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "out" / "data.json").read_text())
     check_rows(report, GROUPS)
     rows = {row["name"]: row for group in report["groups"] for row in group["rows"]}
-    problems = {name: row["problem"] for name, row in rows.items() if "problem" in row}
-    packages = {row["package"]: name for name, row in rows.items() if "package" in row}
-    missing = [name for name in rows if "Megatron-Core" in name]
-    missing += [
-        packages[name]
-        for name in ("gigatoken", "datatrove")
-        if tools.bench.machine.package_version(name) is None
-    ]
-    given = [name for name in rows if "Megatron-LM" in name]
-    expected = dict.fromkeys(missing, "not installed")
-    assert problems == expected | dict.fromkeys(given, "--megatron-lm is not given")
+    for row in rows.values():
+        if row["package"] == MEGATRON_LM:
+            assert row["problem"] == "--megatron-lm is not given"
+        else:
+            installed = row["package"] is None or package_version(row["package"]) is not None
+            assert row.get("problem") == (None if installed else "not installed")
     files = sorted((tmp_path / "source").rglob("*.py"))
     assert 0 < report["corpus"]["documents"] < len(files)
     assert 50_000 <= report["corpus"]["text_bytes"] < 50_000 + files[0].stat().st_size * 1.2
     assert (
         rows["megaphi: records -> .bin, .idx on disk"]["amount"] == (report["corpus"]["text_bytes"])
     )
+
+
+def test_a_group_without_its_peers(tmp_path: Path, words: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tools.bench.data.command, "package_version", lambda name: None)
+    assert main([*words, "--repeats", "1", "--json", "--groups", "blend order"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    check_rows(report, ["tokenize", "blend order"])
+    rows = [row for group in report["groups"] for row in group["rows"]]
+    assert [row.get("problem") for row in rows if row["package"]] == ["not installed"] * 3
     assert report["machine"]["command"].startswith("megaphi bench data --out ")
     text = (tmp_path / "out" / "data.txt").read_text()
-    assert text.count("not installed") >= len(missing)
-    assert all(name in text for name in rows)
+    assert text.count("not installed") >= 3
+    assert all(row["name"] in text for row in rows)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.json", "data.txt"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    tools.bench.machine.package_version("megatron-core") is None,
-    reason="megatron-core is not installed",
-)
-def test_megatron_core_gives_the_same_results(words: list[str], capsys) -> None:
-    wanted = GROUPS[-3:]
-    assert main([*words, "--repeats", "1", "--json", "--groups", ",".join(wanted)]) == 0
-    report = json.loads(capsys.readouterr().out)
-    check_rows(report, ["tokenize", *wanted])
-    rows = [row for group in report["groups"] for row in group["rows"]]
-    assert sum(row["package"] == "megatron-core" and "rate" in row for row in rows) == 3
 
 
 def test_a_peer_that_fails_does_not_stop_the_others(
@@ -124,10 +112,14 @@ def test_a_peer_that_fails_does_not_stop_the_others(
 ) -> None:
     ours = Tool("ours", "blend_megaphi", ours=True)
     broken = Tool("broken", "no_such_measure", "numpy")
-    groups = (Group("g", "samples/s", 1.0, (ours, broken)),)
+    tokens = Tool("tokens", "tokenize_megaphi", ours=True)  # the report describes them
+    groups = (
+        Group("tokenize", "MB/s", 1e6, (tokens,)),
+        Group("g", "samples/s", 1.0, (ours, broken)),
+    )
     monkeypatch.setattr(tools.bench.data.command, "GROUPS", groups)
-    assert main([*words, "--json"]) == 0
-    first, second = json.loads(capsys.readouterr().out)["groups"][0]["rows"]
+    assert main([*words, "--json", "--repeats", "2"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["groups"][1]["rows"]
     assert first["amount"] == 9000
     assert "no_such_measure" in second["problem"]
     groups = (Group("g", "samples/s", 1.0, (Tool("o", "none", ours=True),)),)
