@@ -26,6 +26,7 @@ from torch import Tensor
 from megaphi.checkpoint.shards import write_tensors
 from megaphi.checkpoint.staging import Background, Staging
 from megaphi.config import Recipe
+from megaphi.device import is_gpu
 from megaphi.durable import make_directory, sync, write_durably
 from megaphi.errors import RunError
 from megaphi.formats.manifest import (
@@ -57,9 +58,7 @@ class CheckpointManager:
         self.mesh = mesh
         self.run_dir = Path(recipe.train.run_dir)
         asynchronous = recipe.checkpoint.asynchronous
-        self.asynchronous = (
-            mesh.device.type == "cuda" if asynchronous == "auto" else bool(asynchronous)
-        )
+        self.asynchronous = is_gpu(mesh.device) if asynchronous == "auto" else bool(asynchronous)
         self._background = Background(mesh.device)
         self._staging: Staging | None = None
         self._has_told = False

@@ -14,11 +14,11 @@ from torch import nn
 
 from megaphi.checkpoint.drift import recipe_drift
 from megaphi.config import Model, Recipe
-from megaphi.data.loader import token_file_prefixes
+from megaphi.data.samples import token_file_prefixes
 from megaphi.data.sidecar import TokenFileInfo, verify_info
+from megaphi.device import device_name
 from megaphi.formats.manifest import CheckpointError, read_manifest
 from megaphi.formats.weights import open_weights, read_model_config, resolve_model
-from megaphi.metrics.meter import device_name
 from megaphi.model.init import assign
 from megaphi.parallel.mesh import AXES, Mesh
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
+from megaphi.device import is_gpu, use
 from megaphi.errors import RunError
 
 
@@ -37,7 +38,7 @@ class Staging:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        pinned = device.type == "cuda"
+        pinned = is_gpu(device)
         self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         try:
             self._buffers = {
@@ -88,8 +89,7 @@ class Background:
 
     def __init__(self, device: torch.device) -> None:
         # a new thread would otherwise open the first GPU, whichever is this process's
-        select = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
-        self._executor = ThreadPoolExecutor(1, "checkpoint", initializer=select)
+        self._executor = ThreadPoolExecutor(1, "checkpoint", initializer=lambda: use(device))
         self._job: Future[Any] | None = None
 
     @property

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megaphi.device import to_device
+
 _LENGTH_STEP = 128
 """Multiple of `Documents.longest`: the kernels' blocks of queries are this long or shorter."""
 
@@ -34,12 +36,8 @@ class Documents:
 
     def to(self, device: torch.device) -> "Documents":
         """The same on `device`; to a GPU without waiting for the copy."""
-        if device.type != "cuda":
-            return self
         return Documents(
-            self.starts.pin_memory().to(device, non_blocking=True),
-            self.longest,
-            self.ids_bt.pin_memory().to(device, non_blocking=True),
+            to_device(self.starts, device), self.longest, to_device(self.ids_bt, device)
         )
 
 

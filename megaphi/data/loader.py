@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 
 from megaphi.config import Recipe
-from megaphi.data.blend import build_dataset, parse_blend
 from megaphi.data.documents import Documents, find_documents
-from megaphi.data.sidecar import TokenFileInfo, verify_info
+from megaphi.device import to_device, use
 from megaphi.errors import RunError
 
 
@@ -73,26 +71,56 @@ def to_micro_batch(
         first: number of the first row among all samples of the run.
         device: where the tensors go.
         eod_id: id that ends a document, if attention must stay inside of one. The label of an EOD
-            token remains the first token of the next document: its loss counts.
+            token is the first token of the next document: its loss counts.
     """
     documents = None
     if eod_id is not None:
         documents = find_documents(samples[:, :-1], eod_id).to(device)
-    tensor = torch.from_numpy(samples)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    tensor = to_device(torch.from_numpy(samples), device)
     return MicroBatch(tensor[:, :-1], tensor[:, 1:], first, documents)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """What a run's loaders have in common, on every process and after every resume."""
+
+    planned_samples: int
+    """Samples of the plan, for which the order is drawn."""
+    micro_batch_size: int
+    """Sequences of a micro-batch."""
+    vocab_size: int
+    """Token ids must be below it."""
+    device: torch.device
+    """Where micro-batches go."""
+    prefetch: int = 1
+    """Micro-batches that are read ahead."""
+    eod_id: int | None = None
+    """Id that ends a document, if micro-batches must say where their documents are."""
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, device: torch.device, eod_id: int | None) -> "LoaderOptions":
+        """The options of training by a recipe."""
+        return cls(
+            planned_samples=recipe.planned_samples,
+            micro_batch_size=recipe.train.micro_batch_size,
+            vocab_size=recipe.model.vocab_size,
+            device=device,
+            prefetch=recipe.data.prefetch_batches,
+            eod_id=eod_id,
+        )
+
+
 class Loader:
-    """Endless micro-batches of one process, starting after `consumed_samples`.
+    """Endless micro-batches of one process.
 
-    `dataset_of_pass(p)` gives the data set of pass p over the plan of `planned_samples` samples;
-    a run that is longer than its plan goes on with another order. With `eod_id` the micro-batches
-    say where their documents are.
-
-    `sample_at(position)` gives the sample at a position of the run, where samples are left out;
-    `waiting` is entered while `next` waits for the thread.
+    Args:
+        dataset_of_pass: gives the data set of pass p over the plan; a run that is longer than its
+            plan continues with another order.
+        options: what all loaders of the run have in common.
+        part: rank and size of the data axis, whose processes share the samples.
+        consumed_samples: samples of the run that all processes together have had before.
+        sample_at: the sample at a position of the run, where samples are left out.
+        waiting: entered while `next` waits for the thread.
 
     Raises (from `next`):
         RunError: a token id is outside the vocabulary.
@@ -101,30 +129,20 @@ class Loader:
     def __init__(
         self,
         dataset_of_pass: Callable[[int], Dataset],
+        options: LoaderOptions,
         *,
-        planned_samples: int,
-        consumed_samples: int,
-        micro_batch_size: int,
-        data_rank: int,
-        data_size: int,
-        vocab_size: int,
-        device: torch.device,
-        prefetch: int,
-        eod_id: int | None = None,
+        part: tuple[int, int] = (0, 1),
+        consumed_samples: int = 0,
         sample_at: Callable[[int], int] = lambda position: position,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._dataset_of_pass = dataset_of_pass
-        self._planned_samples = planned_samples
-        self._micro_batch_size = micro_batch_size
-        self._data_rank = data_rank
-        self._data_size = data_size
-        self._vocab_size = vocab_size
-        self._device = device
-        self._eod_id = eod_id
+        self._options = options
+        self._rank, self._num_parts = part
         self._sample_at = sample_at
         self._waiting = waiting
-        self._queue: queue.Queue[MicroBatch | Exception] = queue.Queue(maxsize=max(1, prefetch))
+        size = max(1, options.prefetch)
+        self._queue: queue.Queue[MicroBatch | Exception] = queue.Queue(maxsize=size)
         self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._read_ahead, args=(consumed_samples,), name="megaphi-loader", daemon=True
@@ -133,23 +151,22 @@ class Loader:
 
     def _micro_batches(self, consumed: int) -> Iterator[MicroBatch]:
         """This process's micro-batches, from sample `consumed` on."""
-        current, dataset = -1, None
+        options, current, dataset = self._options, -1, None
         while True:
-            first = consumed + self._data_rank * self._micro_batch_size
+            first = consumed + self._rank * options.micro_batch_size
             rows = []
-            for position in range(first, first + self._micro_batch_size):
-                number, index = divmod(self._sample_at(position), self._planned_samples)
+            for position in range(first, first + options.micro_batch_size):
+                number, index = divmod(self._sample_at(position), options.planned_samples)
                 if dataset is None or number != current:
                     current, dataset = number, self._dataset_of_pass(number)
-                rows.append(read_samples(dataset, index, 1, self._vocab_size))
-            yield to_micro_batch(np.concatenate(rows), first, self._device, self._eod_id)
-            consumed += self._micro_batch_size * self._data_size
+                rows.append(read_samples(dataset, index, 1, options.vocab_size))
+            yield to_micro_batch(np.concatenate(rows), first, options.device, options.eod_id)
+            consumed += options.micro_batch_size * self._num_parts
 
     def _read_ahead(self, consumed: int) -> None:
         """Fill the queue until closed; an error is handed to the consumer."""
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
+            use(self._options.device)
             for batch in self._micro_batches(consumed):
                 if not self._put(batch):
                     return
@@ -177,101 +194,3 @@ class Loader:
         """Stop the thread."""
         self._closed.set()
         self._thread.join()
-
-
-def train_dataset(recipe: Recipe, number: int) -> Dataset:
-    """The training samples of pass `number`, in Megatron's order for train.seed + number."""
-    return build_dataset(
-        recipe.data.train,
-        split=recipe.data.split,
-        which="train",
-        num_samples=recipe.planned_samples,
-        sequence_length=recipe.data.sequence_length,
-        seed=recipe.train.seed + number,
-    )
-
-
-def validation_dataset(recipe: Recipe) -> Dataset | None:
-    """The held-out samples, one epoch; None where the recipe names none."""
-    if recipe.data.validation is None and recipe.data.split is None:
-        return None
-    value = recipe.data.validation or recipe.data.train
-    weighted = any(weight is not None for weight, _ in parse_blend(value))
-    wanted = recipe.train.evaluation_batches * recipe.train.global_batch_size
-    return build_dataset(
-        value,
-        split=recipe.data.split,
-        which="valid",
-        # one epoch at most, so that no sample counts twice; a weighted blend needs a size
-        num_samples=wanted if weighted else None,
-        sequence_length=recipe.data.sequence_length,
-        seed=recipe.train.seed,
-    )
-
-
-def token_file_prefixes(recipe: Recipe) -> list[str]:
-    """Every token file that the recipe names, training first."""
-    values = [recipe.data.train]
-    if recipe.data.validation is not None:
-        values.append(recipe.data.validation)
-    return [prefix for value in values for _, prefix in parse_blend(value)]
-
-
-def check_token_files(recipe: Recipe) -> dict[str, TokenFileInfo]:
-    """Compare what stands beside the token files with the model and with each other.
-
-    Returns:
-        The sidecar of each prefix that has one (files written by Megatron have none).
-
-    Raises:
-        ValueError: a vocabulary does not fit the model, or the tokenizers differ.
-        TokenFileError: a file is not the one that its sidecar describes, by size.
-    """
-    infos: dict[str, TokenFileInfo] = {}
-    for prefix in token_file_prefixes(recipe):
-        info = verify_info(Path(prefix), deep=False)
-        if info is None:
-            continue
-        if info.vocab_size > recipe.model.vocab_size:
-            raise ValueError(
-                f"{prefix}: its tokenizer {info.tokenizer} has {info.vocab_size} ids, "
-                f"model.vocab_size is {recipe.model.vocab_size}; set --model.vocab_size to at "
-                f"least {info.vocab_size}"
-            )
-        for other, known in infos.items():
-            if known.tokenizer_sha256 != info.tokenizer_sha256:
-                raise ValueError(
-                    f"{prefix} and {other} were made with different tokenizers "
-                    f"({info.tokenizer}, {known.tokenizer}); tokenize them alike"
-                )
-        infos[prefix] = info
-    return infos
-
-
-def end_of_document(recipe: Recipe, infos: dict[str, TokenFileInfo]) -> int | None:
-    """Id that ends a document in every token file; None where data.mask_documents is off.
-
-    Args:
-        recipe: the recipe.
-        infos: what `check_token_files` found beside its token files.
-
-    Raises:
-        ValueError: a token file does not say which id it is, or they differ.
-    """
-    if not recipe.data.mask_documents:
-        return None
-    prefixes = token_file_prefixes(recipe)
-    for prefix in prefixes:
-        if prefix not in infos:
-            raise ValueError(
-                f"data.mask_documents: {prefix}.json is missing, which says what token ends a "
-                "document; tokenize the data with megaphi, or set data.mask_documents to false"
-            )
-    eod_id = infos[prefixes[0]].eod_id
-    for prefix in prefixes:
-        if infos[prefix].eod_id != eod_id:
-            raise ValueError(
-                f"data.mask_documents: documents end with token {infos[prefix].eod_id} in "
-                f"{prefix}, but with {eod_id} in {prefixes[0]}; tokenize them alike"
-            )
-    return eod_id

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megaphi.config import Model
+from megaphi.device import is_gpu
 from megaphi.generate.decoder import Decoder
 from megaphi.generate.sampling import Sampler, row_seeds
 from megaphi.model.phi import Phi
@@ -102,7 +103,7 @@ def stream_tokens(
         return
     assert model.embedding is not None, "this is a part of a model"
     device = model.embedding.tokens.weight.device
-    on_gpu = device.type == "cuda"
+    on_gpu = is_gpu(device)
     capacity = max(map(len, prompts)) + max_new_tokens - 1
     decoder = Decoder(model, prompts, capacity, graphs=on_gpu and graphs == "auto")
     sampler = Sampler(temperature, top_p, seeds, max_new_tokens, device)

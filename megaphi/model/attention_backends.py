@@ -24,6 +24,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from megaphi.config import Recipe
+from megaphi.device import compute_capability, device_name, is_gpu
 
 Backend = Literal["flash4", "flash3", "flash2", "te", "cudnn", "flash", "sdpa", "plain"]
 """sdpa: PyTorch's own choice of kernel, with an explicit mask where one is needed; the others as
@@ -137,7 +138,7 @@ def training_need(recipe: Recipe, dtype: torch.dtype) -> Need:
 
 def probe(device: torch.device) -> Capabilities:
     """Look at a device and at the packages that can be imported."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return Capabilities(device_type=device.type)
     versions: dict[str, str] = {}
     problems: dict[str, str] = {}
@@ -150,8 +151,8 @@ def probe(device: torch.device) -> Capabilities:
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     return Capabilities(
         device_type="cuda",
-        device_name=torch.cuda.get_device_name(device),
-        compute_capability=torch.cuda.get_device_capability(device),
+        device_name=device_name(device),
+        compute_capability=compute_capability(device),
         cuda_version=torch.version.cuda,
         # on AMD cards it is the version of another library
         cudnn_version=cudnn if torch.version.cuda is not None else None,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megaphi.config import Parallel
+from megaphi.device import device_of_process, is_gpu, use
 
 AXES = ("pipeline", "data", "context", "tensor")
 
@@ -173,14 +174,9 @@ def processes(parallel: Parallel | None = None) -> Iterator[Mesh]:
         ValueError: the processes do not fit the lengths.
     """
     parallel = parallel or Parallel()
-    use_cuda = torch.cuda.is_available()
-    if use_cuda:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-    backend = "nccl" if use_cuda else "gloo"
+    device = device_of_process()
+    use(device)
+    backend = "nccl" if is_gpu(device) else "gloo"
     timeout = datetime.timedelta(minutes=10)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from megaphi.config import Precision
+from megaphi.device import compute_capability, cpu_has_bf16, cuda_version, device_name, is_gpu
 
 FP8_CUDA_VERSIONS = (((8, 9), (12, 1)), ((9, 0), (11, 8)), ((10, 0), (12, 8)))
 """Compute capability from which, and the first CUDA version with FP8 products for it."""
@@ -64,19 +65,16 @@ def facts_of(device: torch.device) -> DeviceFacts:
         transformer_engine = importlib.metadata.version("transformer_engine")
     except importlib.metadata.PackageNotFoundError:
         transformer_engine = None
-    if device.type != "cuda":
+    if not is_gpu(device):
         return DeviceFacts(
             name="CPU",
             transformer_engine=transformer_engine,
-            cpu_has_bf16=torch.cpu._is_avx512_bf16_supported()
-            or torch.cpu._is_amx_tile_supported(),
+            cpu_has_bf16=cpu_has_bf16(),
         )
-    version = torch.version.cuda
-    major, minor = (int(part) for part in version.split(".")[:2]) if version else (0, 0)
     return DeviceFacts(
-        name=torch.cuda.get_device_name(device),
-        capability=torch.cuda.get_device_capability(device),
-        cuda=(major, minor) if version else None,
+        name=device_name(device),
+        capability=compute_capability(device),
+        cuda=cuda_version(),
         transformer_engine=transformer_engine,
     )
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from kernels.ops import DropoutSeed
 from megaphi.config import Recipe
 from megaphi.data.loader import Loader, MicroBatch
+from megaphi.device import seed_generator
 from megaphi.model.attention_backends import choose, probe, training_need
 from megaphi.model.column_pair import choose_overlap
 from megaphi.model.execution import Execution
 from megaphi.model.linear import make_linear
 from megaphi.model.phi import Phi
 from megaphi.parallel.axes import axes_of
-from megaphi.parallel.mesh import AXES, Mesh
+from megaphi.parallel.mesh import Mesh
 from megaphi.precision.fp8_choice import fp8_layers
 from megaphi.precision.loss_scale import LossScale
 from megaphi.precision.policy import check_pipeline, facts_of, resolve
@@ -179,8 +180,9 @@ class Engine:
             step=step,
             first_token=(first_sample - first_of_step) * self.recipe.data.sequence_length,
         )
-        if self.recipe.model.attention_dropout > 0 and self.mesh.device.type == "cuda":
-            torch.cuda.manual_seed(hash((dropout.seed, dropout.step, dropout.first_token)))
+        if self.recipe.model.attention_dropout > 0:
+            seed = hash((dropout.seed, dropout.step, dropout.first_token))
+            seed_generator(self.mesh.device, seed)
         return dropout
 
     def precision_tensors(self) -> dict[str, Tensor]:
@@ -193,22 +195,6 @@ class Engine:
             self.loss_scale.load_state(loss_scale)
         if self.fp8 is not None:
             self.fp8.weights_changed()
-
-    def describe(self) -> list[str]:
-        """What was decided, one line each."""
-        lines = [f"precision: {self.policy.reason}", f"attention: {self.attention.reason}"]
-        axes = [(axis, self.mesh.axis_size(axis)) for axis in AXES]
-        lines.append("layout: " + ", ".join(f"{axis} {size}" for axis, size in axes))
-        if self.mesh.tensor_size > 1:
-            lines.append(f"overlap: {self.overlap.reason}")
-        if self.pipeline is not None:
-            schedule = self.recipe.parallel.pipeline_schedule
-            sizes = [len(layers) for layers in self.layers_of_stages]
-            lines.append(
-                f"pipeline: {schedule}, blocks of the stages {sizes}, "
-                f"{self.pipeline.bubble():.1%} of a process's time idle"
-            )
-        return lines
 
 
 def compile_blocks(model: Phi, backend: str = "inductor") -> None:

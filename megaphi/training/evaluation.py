@@ -3,8 +3,9 @@
 import torch
 
 from megaphi.config import Recipe
-from megaphi.data.loader import read_samples, to_micro_batch, validation_dataset
-from megaphi.metrics.meter import Later
+from megaphi.data.loader import read_samples, to_micro_batch
+from megaphi.data.samples import validation_dataset
+from megaphi.device import HostCopy
 from megaphi.parallel.mesh import Mesh
 from megaphi.resilience.signals import StopRequest
 from megaphi.resilience.watchdog import Watchdog
@@ -58,7 +59,7 @@ class Evaluation:
         assert self._dataset is not None
         mesh, size = self._mesh, self._recipe.train.micro_batch_size
         total = torch.zeros((), device=mesh.device)
-        asked = Later(torch.zeros(1))
+        asked = HostCopy(torch.zeros(1))
         for number in range(self.num_batches):
             watchdog.enter("evaluate")
             first = (number * mesh.data_size + mesh.data_rank) * size
@@ -66,7 +67,7 @@ class Evaluation:
             total += engine.evaluate(to_micro_batch(samples, first, mesh.device, self._eod_id))
             if asked.values()[0] > 0:
                 break
-            asked = Later(mesh.sum_(torch.full((1,), float(stop.requested), device=mesh.device)))
+            asked = HostCopy(mesh.sum_(torch.full((1,), float(stop.requested), device=mesh.device)))
         engine.after_evaluation()
         if asked.values()[0] > 0:
             return None

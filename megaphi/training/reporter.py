@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from megaphi.config import Recipe
+from megaphi.device import HostCopy, StepTimer, device_name, peak_memory_gib
 from megaphi.errors import RunError
 from megaphi.metrics.flops import flops_per_token, peak_flops
 from megaphi.metrics.logger import RunLogger
-from megaphi.metrics.meter import Later, StepTimer, device_name, peak_memory_gib
 from megaphi.parallel.mesh import Mesh
 from megaphi.resilience.spikes import Spike, SpikeWatch
 
@@ -22,7 +22,7 @@ class StepMetrics:
     step: int
     learning_rate: float
     data_seconds: float
-    numbers: Later
+    numbers: HostCopy
     """Loss, gradient norm, 1 if the step counted, number of processes asked to stop, loss scale."""
 
 

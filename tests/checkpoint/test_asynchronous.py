@@ -65,7 +65,7 @@ def written(checkpoint: Path) -> dict[str, Tensor]:
 
 def values(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of all that a checkpoint of the trainer holds."""
-    return {name: t.full_tensor().clone() for name, t in trainer.state_tensors().items()}  # type: ignore[attr-defined]
+    return {name: t.full_tensor().clone() for name, t in trainer.state.tensors().items()}  # type: ignore[attr-defined]
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -78,7 +78,7 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def overwrite(trainer: Trainer, value: float) -> None:
     """Fill every tensor with a number."""
     with torch.no_grad():
-        for tensor in trainer.state_tensors().values():
+        for tensor in trainer.state.tensors().values():
             tensor.fill_(value)
 
 
@@ -87,10 +87,10 @@ def test_what_is_written_is_what_there_was(trainer: Trainer, gate: threading.Eve
     expected = values(trainer)
     trainer.save()
     overwrite(trainer, 7.0)
-    assert find_checkpoints(trainer.run_dir) == []
+    assert find_checkpoints(trainer.state.run_dir) == []
     gate.set()
     trainer.checkpoints.wait()
-    (checkpoint,) = find_checkpoints(trainer.run_dir)
+    (checkpoint,) = find_checkpoints(trainer.state.run_dir)
     assert_equal(written(checkpoint), expected)
 
 
@@ -103,7 +103,7 @@ def test_one_save_at_a_time_and_one_snapshot(
     """The next save waits, says so once, and uses the same memory."""
     monkeypatch.setattr("megaphi.checkpoint.staging.torch", TorchWithoutMemory())
     for step in range(1, 4):
-        trainer.step_number = step
+        trainer.state.step = step
         overwrite(trainer, float(step))
         # what the save before still has to write is let through only while this one waits for it
         threading.Timer(0.3, gate.set).start()
@@ -111,7 +111,7 @@ def test_one_save_at_a_time_and_one_snapshot(
         gate.clear()
     gate.set()
     trainer.checkpoints.wait()
-    newest, before = find_checkpoints(trainer.run_dir)
+    newest, before = find_checkpoints(trainer.state.run_dir)
     assert (newest.name, before.name) == ("step-00000003", "step-00000002")
     for checkpoint, value in ((newest, 3.0), (before, 2.0)):
         assert all((tensor == value).all() for tensor in written(checkpoint).values())
@@ -210,7 +210,7 @@ def test_a_run_that_fails_lets_its_save_finish(
     train_step = trainer.train_step
 
     def breaking(loader: Any) -> Any:
-        if trainer.step_number == 5:
+        if trainer.state.step == 5:
             threading.Timer(0.3, gate.set).start()
             raise RuntimeError("out of order")
         return train_step(loader)
@@ -218,8 +218,8 @@ def test_a_run_that_fails_lets_its_save_finish(
     monkeypatch.setattr(trainer, "train_step", breaking)
     with pytest.raises(RuntimeError, match="out of order"):
         trainer.run()
-    verify_checkpoint(trainer.run_dir / "step-00000005")
-    assert (trainer.run_dir / "latest").read_text() == "step-00000005\n"
+    verify_checkpoint(trainer.state.run_dir / "step-00000005")
+    assert (trainer.state.run_dir / "latest").read_text() == "step-00000005\n"
 
 
 def test_memory_that_is_not_there_is_one_clear_error(

@@ -36,7 +36,7 @@ def with_everything(argv: list[str]) -> int:
     engine.LossScale = lambda precision, device, enabled: LossScale(precision, device, enabled=True)
     with processes(recipe.parallel) as mesh:
         trainer = Trainer(recipe, mesh)
-        if trainer.step_number > 0:
+        if trainer.state.step > 0:
             trainer.save()
         trainer.run()
     return 0
@@ -83,7 +83,7 @@ def _disturbed(argv: list[str], rank: int, disturb: Callable[[Trainer], None]) -
 
 def _wait_for_step(trainer: Trainer, step: int) -> None:
     """Wait until training, which goes on meanwhile, has done a step."""
-    while trainer.step_number < step:
+    while trainer.state.step < step:
         time.sleep(0.001)
 
 

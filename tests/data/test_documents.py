@@ -13,10 +13,10 @@ from megaphi.data.documents import find_documents
 from megaphi.data.indexed import IndexedDatasetWriter
 from megaphi.data.loader import (
     Loader,
-    check_token_files,
-    end_of_document,
+    LoaderOptions,
     to_micro_batch,
 )
+from megaphi.data.samples import check_token_files, end_of_document
 from megaphi.data.sidecar import TokenFileInfo, write_info, written_facts
 from megaphi.model.attention import visible_keys
 from megaphi.recipe_file import load_recipe
@@ -105,15 +105,16 @@ def test_micro_batches_bring_the_documents_of_their_inputs() -> None:
 def test_loader(eod_id: int | None) -> None:
     loader = Loader(
         lambda number: Counting(),
-        planned_samples=20,
+        LoaderOptions(
+            planned_samples=20,
+            micro_batch_size=2,
+            vocab_size=50,
+            device=CPU,
+            prefetch=2,
+            eod_id=eod_id,
+        ),
+        part=(1, 2),
         consumed_samples=4,
-        micro_batch_size=2,
-        data_rank=1,
-        data_size=2,
-        vocab_size=50,
-        device=CPU,
-        prefetch=2,
-        eod_id=eod_id,
     )
     try:
         for first in (6, 10):

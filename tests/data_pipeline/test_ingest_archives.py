@@ -19,7 +19,7 @@ from data_pipeline.ingest import archive_members, archives
 from data_pipeline.ingest.stage import IngestOptions, plan_ingest
 from data_pipeline.runner.output import Manifest
 from data_pipeline.runner.stage import Options, run_stage
-from megaphi.metrics.memory import peak_memory, reset_peak_memory
+from megaphi.process_memory import peak_memory, reset_peak_memory
 from tests.data_pipeline.record_files import read
 
 CODE = "def f(x):\n    return x\n"

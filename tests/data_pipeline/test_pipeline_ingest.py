@@ -13,7 +13,7 @@ from data_pipeline.ingest.stage import IngestOptions, plan_ingest
 from data_pipeline.runner.output import Manifest, read_manifest
 from data_pipeline.runner.stage import Options, run_stage
 from megaphi.errors import RunError, TooManyRejects
-from megaphi.metrics.memory import peak_memory, reset_peak_memory
+from megaphi.process_memory import peak_memory, reset_peak_memory
 
 CODE = "def f(x):\n    return x\n"
 

@@ -33,6 +33,7 @@ from megaphi.resilience.replicas import check_replicas
 from megaphi.resilience.spikes import Rewinds
 from megaphi.resilience.watchdog import Heartbeat
 from megaphi.training.engine import Engine
+from megaphi.training.run_state import RunState
 from megaphi.training.trainer import Trainer
 from tests.helpers import before_tensor_writes
 
@@ -73,13 +74,13 @@ def _at(point: str, step: int, action: Callable[[], None]) -> None:
             now["done"] = True
             action()
 
-    original = Trainer.restore
+    original = RunState.restore
 
-    def restore(self: Trainer, found: Path) -> None:
+    def restore(self: RunState, found: Path) -> None:
         original(self, found)
-        now["step"] = self.step_number
+        now["step"] = self.step
 
-    Trainer.restore = restore
+    RunState.restore = restore
     _before(Trainer, "train_step", begin)
     if point == "save":
         _planted.enter_context(before_tensor_writes(fire))
@@ -219,7 +220,7 @@ def spiking(argv: list[str]) -> int:
     _before(Trainer, "train", lambda self: trainers.append(self))
 
     def noting(self: Engine, batches: Loader, step: int) -> tuple[Tensor, float]:
-        noted = Noting(batches, trainers[-1].first_pass)
+        noted = Noting(batches, trainers[-1].data.of_pass(0))
         loss, seconds = forward_backward(self, noted, step)  # type: ignore[arg-type]
         with run_dir.with_suffix(f".samples-{_rank()}").open("a") as file:
             file.write(json.dumps([step, noted.numbers]) + "\n")
@@ -249,17 +250,17 @@ def flipped(argv: list[str]) -> int:
     plan = _plan(argv)
 
     def flip(trainer: Trainer) -> None:
-        tensors = {**trainer.state_tensors(), "optimizer.updates": trainer.optimizer.updates}
+        tensors = {**trainer.state.tensors(), "optimizer.updates": trainer.optimizer.updates}
         tensor = tensors[plan["tensor"]]
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         part.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << plan["bit"])
 
     def before_step(trainer: Trainer, *_: Any) -> None:
-        if trainer.step_number + 1 == plan["step"]:
+        if trainer.state.step + 1 == plan["step"]:
             flip(trainer)
 
     def before_check(trainer: Trainer) -> None:
-        if trainer.step_number == 8:
+        if trainer.state.step == 8:
             flip(trainer)
 
     load = CheckpointManager.load
@@ -316,7 +317,7 @@ def failed_save(argv: list[str]) -> int:
             raise full
 
     def wait(trainer: Trainer, *_: Any) -> None:
-        while trainer.step_number == 11 and not trainer.checkpoints.failed:
+        while trainer.state.step == 11 and not trainer.checkpoints.failed:
             time.sleep(0.001)
 
     _before(Trainer, "train_step", wait)

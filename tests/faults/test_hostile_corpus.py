@@ -44,7 +44,7 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from data_pipeline.ingest import stage as ingest
-from megaphi.metrics.memory import peak_memory
+from megaphi.process_memory import peak_memory
 from tests.faults.test_hostile_corpus import chain
 ingest.SHARD_BYTES = 2**20
 chain([sys.argv[1]], Path(sys.argv[2]))

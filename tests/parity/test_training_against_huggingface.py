@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megaphi.config import Recipe
-from megaphi.data.loader import train_dataset
+from megaphi.data.samples import train_dataset
 from megaphi.formats.hf import to_hugging_face
 from megaphi.model.init import initial_value
 from megaphi.model.phi import Phi

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megaphi.metrics.memory import peak_memory, reset_peak_memory
+from megaphi.process_memory import peak_memory, reset_peak_memory
 
 SEED = 1234
 SEQUENCE_LENGTH = 2048
@@ -215,7 +215,7 @@ def loader_megaphi(request: Request) -> Measure:
 
     from megaphi.data.dataset import GPTDataset
     from megaphi.data.indexed import IndexedDataset
-    from megaphi.data.loader import Loader
+    from megaphi.data.loader import Loader, LoaderOptions
 
     count = request["loader_samples"]
     dataset = GPTDataset(
@@ -228,14 +228,13 @@ def loader_megaphi(request: Request) -> Measure:
     def start() -> Loader:
         return Loader(
             lambda _: dataset,
-            planned_samples=count,
-            consumed_samples=0,
-            micro_batch_size=MICRO_BATCH_SIZE,
-            data_rank=0,
-            data_size=1,
-            vocab_size=int(np.iinfo(np.int32).max),
-            device=torch.device("cpu"),
-            prefetch=4,
+            LoaderOptions(
+                planned_samples=count,
+                micro_batch_size=MICRO_BATCH_SIZE,
+                vocab_size=int(np.iinfo(np.int32).max),
+                device=torch.device("cpu"),
+                prefetch=4,
+            ),
         )
 
     def work() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megaphi.metrics.meter import peak_memory_gib
+from megaphi.device import is_gpu, peak_memory_gib, synchronize
 from tools.bench.train.profile import split_of_trace
 
 
@@ -32,8 +32,7 @@ def measure(
     """
 
     def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     started = time.perf_counter()
     warmup_losses = [step()() for _ in range(request["warmup_steps"])]
@@ -52,7 +51,7 @@ def measure(
         "step_seconds": [read_seconds() for _ in losses],
         "peak_memory_gib": peak_memory_gib(device),
     }
-    if device.type == "cuda":
+    if is_gpu(device):
         result["reserved_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
     if request["profile_steps"] > 0:
         result["profile"] = profile(step, request["profile_steps"], device)
@@ -64,7 +63,7 @@ def profile(
 ) -> dict[str, Any]:
     """Split some steps, after one that is not looked at, by kind of work."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
+    if is_gpu(device):
         kinds = [torch.profiler.ProfilerActivity.CUDA]
     # the profiler's own start slows the first steps under it
     with torch.profiler.profile(activities=kinds):
@@ -73,8 +72,7 @@ def profile(
         losses = [step() for _ in range(steps)]
         for loss in losses:
             loss()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "trace.json"
         profiler.export_chrome_trace(str(path))

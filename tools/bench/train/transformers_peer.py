@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from megaphi.config import Recipe
-from megaphi.data.loader import MicroBatch, read_samples, to_micro_batch, train_dataset
+from megaphi.data.loader import MicroBatch, read_samples, to_micro_batch
+from megaphi.data.samples import train_dataset
+from megaphi.device import StepTimer
 from megaphi.formats.hf_config import config_to_hugging_face
-from megaphi.metrics.meter import StepTimer
 from megaphi.recipe_file import load_recipe
 from tools.bench.train.measure import measure
 

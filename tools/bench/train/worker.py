@@ -34,7 +34,7 @@ class BenchTrainer(Trainer):
         super().__init__(recipe, mesh)
 
     @torch.no_grad()
-    def start(self) -> None:
+    def initialize(self) -> None:
         """Draw the weights on the device: on the host it takes longer than the measurement.
 
         They depend on the seed and the kind of device alone, so configurations start alike.
@@ -62,7 +62,9 @@ class BenchTrainer(Trainer):
             metrics = self.train_step(loader)
             return lambda: metrics.numbers.values()[0]
 
-        self.result = measure(step, self.request, self.mesh.device, self.reporter.timer.seconds)
+        self.result = measure(
+            step, self.request, self.mesh.device, self.state.reporter.timer.seconds
+        )
 
 
 def measure_ours(request: dict[str, Any]) -> dict[str, Any]:
