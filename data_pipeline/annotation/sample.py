@@ -63,7 +63,7 @@ def choose(directories: Sequence[Path], samples: int, seed: int) -> tuple[set[st
             heapq.heappushpop(heap, (rank, record["id"]))
     if samples < len(sizes):
         raise ValueError(
-            f"--samples {samples}: fewer than the {len(sizes)} strata (sources by lengths)"
+            f"`samples` {samples}: fewer than the {len(sizes)} strata (sources by lengths)"
         )
     quotas = allocate(sizes, samples)
     chosen = {

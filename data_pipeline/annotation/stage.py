@@ -8,31 +8,43 @@ annotators can be trusted: canaries, agreement, and labels that the text alone m
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from data_pipeline.annotation.canaries import GOOD_FROM, Canary, canaries
+from data_pipeline.annotation.options import AnnotateRun, JudgingOptions
 from data_pipeline.annotation.report import Annotator, annotation_report
 from data_pipeline.annotation.sample import choose, read_records, stratum
+from data_pipeline.llm.account import (
+    asked_result,
+    asking_options,
+    consent,
+    open_ledger,
+    read_servers,
+    unanswered,
+)
 from data_pipeline.llm.ask import Failure, Outcome, Traffic
 from data_pipeline.llm.completion import Request
 from data_pipeline.llm.ledger import Ledger
-from data_pipeline.llm.parameters import Adjustments
+from data_pipeline.llm.options import Sending
+from data_pipeline.llm.parameters import Adjustments, read_adjustments
 from data_pipeline.llm.patience import Patience
+from data_pipeline.llm.prices import dollars
 from data_pipeline.llm.prompts import QUESTION, judge_request, read_score
-from data_pipeline.llm.secrets import Redactor
+from data_pipeline.llm.secrets import Redactor, guarded
 from data_pipeline.llm.session import (
     REPORT_NAME,
     Estimate,
     Progress,
-    Sending,
     Server,
     ask_server,
     traffic_report,
 )
 from data_pipeline.records.record import Json, Record, Reject, digest
+from data_pipeline.runner.finished import Finished, Show
 from data_pipeline.runner.output import Manifest, read_manifest, write_json
 from data_pipeline.runner.stage import Options, Stage, Tally, Work, finished_output, run_stage
 from megaphi.errors import RunError
@@ -40,54 +52,28 @@ from megaphi.errors import RunError
 VERSION = "2"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Judging:
-    """What is judged, and how.
-
-    Attributes:
-        models: the annotators, by model name.
-        samples: documents to judge.
-        seed: of the sample; also sent to the server.
-        question: what to determine.
-        answers: `schema` or `text`, see `judge_request`.
-        max_chars: of a document that are shown to the annotator.
-        batch: documents between canaries.
-        min_canaries: share of the canaries that an annotator must judge rightly.
-        adjustments: of every request.
-    """
+    """The annotators, by model name, and what they are asked."""
 
     models: tuple[str, ...]
-    samples: int
-    seed: int = 1234
-    question: str = QUESTION
-    answers: str = "schema"
-    max_chars: int = 8000
-    batch: int = 50
-    min_canaries: float = 0.8
-    adjustments: Adjustments = field(default_factory=Adjustments)
+    options: JudgingOptions
+    adjustments: Adjustments
 
-    def __post_init__(self) -> None:
-        if len(set(self.models)) < len(self.models) or not self.models:
-            raise ValueError("--model: each annotator is named once")
-        for name, value in (
-            ("--samples", self.samples),
-            ("--max-chars", self.max_chars),
-            ("--batch-documents", self.batch),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} {value}: at least 1 is needed")
-        if not 0 <= self.min_canaries <= 1:
-            raise ValueError(f"--min-canaries {self.min_canaries}: must be a share from 0 to 1")
+    @property
+    def question(self) -> str:
+        """What to determine."""
+        return self.options.question or QUESTION
 
     def request(self, text: str, model: str, salt: str) -> Request:
         """The request to judge one text; its beginning where it is long."""
         request = judge_request(
-            text[: self.max_chars],
+            text[: self.options.max_chars],
             model=model,
             question=self.question,
-            answers=self.answers,
+            answers=self.options.answers,
             salt=salt,
-            seed=self.seed,
+            seed=self.options.seed,
         )
         return self.adjustments.apply(request)
 
@@ -115,7 +101,9 @@ class Annotation:
     def __init__(self, directories: Sequence[Path], judging: Judging) -> None:
         self.directories = directories
         self.judging = judging
-        self.chosen, self.strata = choose(directories, judging.samples, judging.seed)
+        self.chosen, self.strata = choose(
+            directories, judging.options.samples, judging.options.seed
+        )
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """Yield (position, record) of the sample; a record that lies in two places once."""
@@ -128,14 +116,14 @@ class Annotation:
     def questions(self, model: str) -> Iterator[_Question]:
         """What to ask an annotator, in order: before each batch of documents its canaries."""
         for number, (_, record) in enumerate(self.records()):
-            batch, place = divmod(number, self.judging.batch)
+            batch, place = divmod(number, self.judging.options.batch_documents)
             if place == 0:
                 for canary in canaries(batch):
                     # The batch is in the salt, so that canaries are asked, not remembered.
-                    salt = f"{self.judging.seed}/canary/{batch}"
+                    salt = f"{self.judging.options.seed}/canary/{batch}"
                     request = self.judging.request(canary.text, model, salt)
                     yield _Question(request, None, (batch, canary))
-            salt = f"{self.judging.seed}/{record['id']}"
+            salt = f"{self.judging.options.seed}/{record['id']}"
             yield _Question(self.judging.request(record["text"], model, salt), record["id"], None)
 
     def estimate(self, servers: Sequence[Server], ledger: Ledger) -> Estimate:
@@ -161,6 +149,48 @@ class Annotated:
     manifest: Manifest
     reused: bool
     report: dict[str, Json]
+
+
+def annotate_run(run: AnnotateRun, show: Show) -> Finished:
+    """Annotate as the user's options say, once the user agrees to the cost; see `annotate`."""
+    started, out = time.monotonic(), run.output.out
+    servers = read_servers(run.asking)
+    redact = Redactor([server.key for server in servers if server.key is not None])
+    judging = Judging(run.asking.server.model, run.options, read_adjustments(run.asking.parameters))
+    with guarded(redact):
+        annotation = Annotation(run.records, judging)
+        with open_ledger(run.asking, servers, out) as ledger:
+            said = consent(run.asking.money, annotation.estimate(servers, ledger), ledger)
+            if said is not None:
+                return said
+            made = annotate(
+                annotation,
+                out,
+                servers,
+                run.asking.sending,
+                ledger,
+                redact,
+                asking_options(run.output),
+            )
+            result = asked_result(out, made.manifest, made.reused, ledger, started)
+    report, manifest = made.report, made.manifest
+    result |= {"annotators": report["annotators"], "agreement": report["agreement"]}
+    trust = ", ".join(
+        f"{each['model']} {each['canaries_right']:.0%} of {each['canaries']} canaries right"
+        for each in report["annotators"]
+    )
+    for pair in report["agreement"]:
+        kappa = pair["weighted_kappa"]
+        trust += f", weighted kappa {'n/a' if kappa is None else format(kappa, '.2f')}"
+    audit = report["text_classifier"]
+    flagged = "" if audit is None else f", {len(audit['flagged'])} flagged"
+    line = (
+        f"{'reused' if made.reused else 'annotated'} {out}: {manifest.records_out} "
+        f"records, {manifest.num_rejected} rejected | {trust}{flagged} | "
+        f"{dollars(ledger.spent)} in all | {time.monotonic() - started:.1f} s"
+        f"{unanswered(manifest.rejected)}"
+    )
+    return Finished(result, line)
 
 
 def annotate(
@@ -213,9 +243,18 @@ def annotate(
 
 def _config(judging: Judging) -> dict[str, Json]:
     """The options; with a hash of the prompt, whose wording is code."""
-    sample = judging.request("", judging.models[0], "")
-    config: dict[str, Json] = {k: v for k, v in vars(judging).items() if k != "adjustments"}
-    config |= {"models": list(judging.models), "prompt": _prompt_hash(sample)}
+    sample, options = judging.request("", judging.models[0], ""), judging.options
+    config: dict[str, Json] = {
+        "models": list(judging.models),
+        "samples": options.samples,
+        "seed": options.seed,
+        "question": judging.question,
+        "answers": options.answers,
+        "max_chars": options.max_chars,
+        "batch": options.batch_documents,
+        "min_canaries": options.min_canaries,
+        "prompt": _prompt_hash(sample),
+    }
     return config | judging.adjustments.config()
 
 
@@ -249,18 +288,17 @@ async def _ask(
         RunError: see `ask_server`; the cost cap ended the run, or an annotator failed its canaries,
             of which it is told before all is paid (`Annotator.is_hopeless`).
     """
-    enough = annotation.judging.min_canaries
+    enough = annotation.judging.options.min_canaries
     annotators, traffics = [], []
     for server in servers:
         annotator = Annotator(server.model)
         patience = Patience(
-            "ask another --model, try --answers text, or give thoughts room with "
-            "--reasoning-tokens",
+            "ask another `model`, try `answers` text, or give thoughts room with `reasoning_tokens`",
             {},
         )
         under_way: dict[int, _Question] = {}
         total = len(annotation.chosen)
-        batches = -(-total // annotation.judging.batch)
+        batches = -(-total // annotation.judging.options.batch_documents)
         progress = Progress(f"annotate {server.model}", total + 2 * batches)
 
         def requests(
@@ -280,7 +318,7 @@ async def _ask(
         ) -> bool:
             progress.done += 1
             question = under_way.pop(number)
-            unusable = _take(question, outcome, annotator, annotation.judging.answers)
+            unusable = _take(question, outcome, annotator, annotation.judging.options.answers)
             reason, seen = unusable or (None, "")
             patience.take(reason, seen, ledger.path)
             progress.accepted += unusable is None
@@ -292,14 +330,14 @@ async def _ask(
         if cap:
             raise RunError(
                 f"{server.model}: {progress.done} of {progress.total} documents and canaries are "
-                f"judged, then the cost cap ended the run: {cap}; raise --max-cost and run again"
+                f"judged, then the cost cap ended the run: {cap}; raise `max_cost` and run again"
             )
         if annotator.canary_share < enough:
             raise RunError(
                 f"{server.model}: judged {annotator.canary_share:.0%} of "
-                f"{len(annotator.canaries)} canaries rightly, below --min-canaries {enough:g}, in "
+                f"{len(annotator.canaries)} canaries rightly, below `min_canaries` {enough:g}, in "
                 f"{progress.done} of {progress.total} requests: it cannot do this task; ask "
-                f"another --model, or lower --min-canaries; the answers are kept in {ledger.path}"
+                f"another `model`, or lower `min_canaries`; the answers are kept in {ledger.path}"
             )
         annotators.append(annotator)
         traffics.append(traffic)
@@ -347,7 +385,7 @@ def _run_shard(shard: _Shard, config: Json, tally: Tally) -> Iterator[Record | R
                 "model": annotator.model,
                 "score": annotator.scores[name],
                 "request": judging.request(
-                    record["text"], annotator.model, f"{judging.seed}/{name}"
+                    record["text"], annotator.model, f"{judging.options.seed}/{name}"
                 ).key,
             }
             for annotator in shard.annotators

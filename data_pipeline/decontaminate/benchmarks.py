@@ -8,26 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.decontaminate.options import Fields
 from data_pipeline.records.jsonl import file_sha256, open_jsonl, read_lines
 from data_pipeline.records.record import Json
 from data_pipeline.similarity.ast_match import functions_of, node_string, parse
 
 _MAX_NODES = 10_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fields:
-    """Names of the fields of a benchmark; empty ones are found by the names of the known ones.
-
-    Attributes:
-        id: identifies a problem.
-        text: prose that states it; several are looked at one by one.
-        code: its solution.
-    """
-
-    id: str = ""
-    text: tuple[str, ...] = ()
-    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,30 +75,37 @@ def _problem(name: str, line: bytes | None, where: str, fields: Fields) -> Probl
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not an object")
     fields = _complete(row, fields)
-    for key in (fields.id, *fields.text, *filter(None, [fields.code])):
+    for key in (fields.id_field, *fields.text_field, *filter(None, [fields.code_field])):
         if key not in row:
             raise ValueError(
                 f"{where}: no field {key!r}; there are {', '.join(map(repr, row))}; name them with "
-                "--id-field, --text-field, --code-field"
+                "`id_field`, `text_field`, `code_field`"
             )
-    prose = tuple(_text(row[key], f"{where}: {key}") for key in fields.text)
-    code = _text(row[fields.code], f"{where}: {fields.code}") if fields.code else ""
-    if fields.code == "canonical_solution":
+    prose = tuple(_text(row[key], f"{where}: {key}") for key in fields.text_field)
+    name_of_code = fields.code_field
+    code = _text(row[name_of_code], f"{where}: {name_of_code}") if name_of_code else ""
+    if name_of_code == "canonical_solution":
         code = prose[0] + code  # HumanEval's prompt is the head of the function
     tests = row.get("test_list") or row.get("test") or ""
     tests = "\n".join(tests) if isinstance(tests, list) else str(tests)
     entry = str(row.get("entry_point") or "")
     nodes = _solution_nodes(code, entry, tests)
-    return Problem(name, str(row[fields.id]), prose, tuple(filter(None, (code, tests))), nodes)
+    return Problem(
+        name, str(row[fields.id_field]), prose, tuple(filter(None, (code, tests))), nodes
+    )
 
 
 def _complete(row: dict[str, Json], fields: Fields) -> Fields:
     """Fill in the fields that were not named."""
-    text = fields.text or tuple(key for key in ("prompt", "text") if key in row)[:1]
-    code = fields.code or next(
+    text = fields.text_field or tuple(key for key in ("prompt", "text") if key in row)[:1]
+    code = fields.code_field or next(
         (k for k in ("canonical_solution", "code", "solution") if k in row), ""
     )
-    return Fields(id=fields.id or "task_id", text=text or (() if code else ("text",)), code=code)
+    return Fields(
+        id_field=fields.id_field or "task_id",
+        text_field=text or (() if code else ("text",)),
+        code_field=code,
+    )
 
 
 def _text(value: Json, where: str) -> str:

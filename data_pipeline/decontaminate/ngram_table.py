@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.decontaminate.benchmarks import Problem
+from data_pipeline.decontaminate.options import SHORT_STATEMENT
 from data_pipeline.similarity.shingles import U64, Words, hash_shingles, hash_words
 
-SHORT_STATEMENT = 8  # words
 _FILTER_BITS = 20
 _WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")  # as `shingles` divides texts
 

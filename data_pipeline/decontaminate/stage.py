@@ -16,24 +16,30 @@ many do not: the split of the paper's Table 3.
 
 import functools
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from data_pipeline.decontaminate.benchmarks import Fields, Problem, load_benchmarks, problems_digest
+from data_pipeline.decontaminate.benchmarks import Problem, load_benchmarks, problems_digest
 from data_pipeline.decontaminate.embedding_distance import EmbeddingTable, embedding_spec
-from data_pipeline.decontaminate.ngram_table import SHORT_STATEMENT, NgramTable
-from data_pipeline.decontaminate.report import write_reports
+from data_pipeline.decontaminate.ngram_table import NgramTable
+from data_pipeline.decontaminate.options import (
+    DecontaminateOptions,
+    DecontaminateRun,
+    Fields,
+)
+from data_pipeline.decontaminate.report import read_report, report_text, write_reports
 from data_pipeline.records.record import Json, Record, Reject
 from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
+from data_pipeline.runner.finished import Finished, Show, run_planned
 from data_pipeline.runner.record_work import (
     PartShard,
     broken_text,
-    config_of,
     read_shard,
     record_work,
 )
@@ -42,56 +48,7 @@ from data_pipeline.similarity.ast_match import match_rates, rapidfuzz
 from data_pipeline.similarity.shingles import BATCH_BYTES
 
 VERSION = "2"
-TAUS = (0.95, 0.9, 0.85, 0.8)
 MAX_HITS = 20  # kept in a record, the closest ones
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecontaminateOptions:
-    """What the output depends on, besides the records and the problems.
-
-    Attributes:
-        against: benchmark files.
-        fields: names of their fields.
-        ngram: words of a run that must not occur in both; 0 leaves this test out.
-        ast: whether functions are compared with solutions.
-        taus: match rates that are reported.
-        drop_at: match rate at which a document is rejected.
-        min_nodes: solutions of fewer nodes are too common to say anything, and are left out.
-        embedding_model: `hashed`, or a model directory; None leaves the third test out.
-        embedding_distance: distance at or below which a document is rejected.
-        embedding_tokens: of a text that the model reads.
-    """
-
-    against: tuple[Path, ...]
-    fields: Fields = field(default_factory=Fields)
-    ngram: int = 13
-    ast: bool = True
-    taus: tuple[float, ...] = TAUS
-    drop_at: float = 0.95
-    min_nodes: int = 12
-    embedding_model: str | None = None
-    embedding_distance: float | None = None
-    embedding_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if not self.against:
-            raise ValueError("--against: at least one benchmark file is needed")
-        if self.ngram != 0 and not SHORT_STATEMENT <= self.ngram <= 100:
-            raise ValueError(f"--ngram {self.ngram}: must be 0 (off) or {SHORT_STATEMENT} to 100")
-        if not self.taus or not all(0.5 <= tau <= 1 for tau in self.taus):
-            raise ValueError(f"--tau {list(self.taus)}: match rates must be from 0.5 to 1")
-        if self.drop_at < min(self.taus):
-            raise ValueError(f"--drop-at {self.drop_at:g}: is below the lowest --tau")
-        if not self.ngram and not self.ast and self.embedding_model is None:
-            raise ValueError("--ngram 0 --no-ast: nothing is left to compare")
-        if (self.embedding_model is None) != (self.embedding_distance is None):
-            raise ValueError("--embedding-model and --embedding-distance belong together")
-        if self.embedding_distance is not None and not 0 <= self.embedding_distance <= 2:
-            raise ValueError(
-                f"--embedding-distance {self.embedding_distance:g}: normalised embeddings are 0 to "
-                "2 apart"
-            )
 
 
 @dataclass(frozen=True)
@@ -102,6 +59,19 @@ class ComparedShard:
     against: tuple[Path, ...]
     fields: Fields
     embedding: str  # what `embedding_spec` says, as JSON; "" without this test
+
+
+def decontaminate(run: DecontaminateRun, show: Show) -> Finished:
+    """Decontaminate records; the report is part of what is said.
+
+    Raises:
+        FileNotFoundError, ValueError, RunError: see `plan_decontaminate` and `run_stage`.
+    """
+    started = time.monotonic()
+    planned, libraries = plan_decontaminate(run.records, run.options), ("rapidfuzz",)
+    done = run_planned(planned, run.output, run.engine, show, libraries=libraries, started=started)
+    report = read_report(run.output.out)
+    return Finished(done.result | {"report": report}, f"{done.line}\n{report_text(report)}")
 
 
 def plan_decontaminate(
@@ -115,15 +85,18 @@ def plan_decontaminate(
         RunError: the records are damaged.
     """
     problems = load_benchmarks(options.against, options.fields)
-    config = config_of(options)
-    del config["against"], config["fields"]
+    config: dict[str, Json] = {
+        "ngram": options.ngram,
+        "ast": options.ast,
+        "taus": list(options.tau),
+        "drop_at": options.drop_at,
+        "min_nodes": options.min_nodes,
+    }
+    if options.embedding_model is not None:
+        config["embedding_distance"] = options.embedding_distance
     config["problems"] = problems_digest(problems)
-    for name in ("embedding_model", "embedding_tokens"):
-        del config[name]
     embedding = ""
-    if options.embedding_model is None:
-        del config["embedding_distance"]
-    else:
+    if options.embedding_model is not None:
         spec = embedding_spec(options.embedding_model, options.embedding_tokens)
         embedding = json.dumps(spec)
         config["embedding"] = {key: value for key, value in spec.items() if key != "path"}

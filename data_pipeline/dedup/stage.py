@@ -17,6 +17,7 @@ tables of the documents in clusters. Output does not depend on the number of wor
 
 import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.index import Index, IndexTask, index_part
+from data_pipeline.dedup.options import DedupRun
 from data_pipeline.records.jsonl import LineWriter
 from data_pipeline.records.record import Record, Reject, digest
 from data_pipeline.runner.executors import run_shards
+from data_pipeline.runner.finished import Finished, Show, finished_records, run_options
 from data_pipeline.runner.output import LOCK_NAME, Manifest, WorkDirectory
 from data_pipeline.runner.record_work import PartShard, broken_text, read_shard, record_work
 from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
@@ -36,7 +39,6 @@ from data_pipeline.similarity.minhash import choose_bands, estimate_jaccard
 
 VERSION = "1"
 CLUSTERS_NAME = "clusters.jsonl"
-DEFAULT_NEAR = 0.85
 _PAIRS = 2**16  # pairs whose signatures are compared at a time, 64 MiB
 _DECISION = [("row", "<i8"), ("cluster", "<i8"), ("size", "<i8"), ("kept", "?"), ("exact", "?")]
 
@@ -51,12 +53,25 @@ class DedupShard:
     decisions: Path
 
 
+def dedup_run(run: DedupRun, show: Show) -> Finished:
+    """Deduplicate as the user's options say; see `dedup`."""
+    started = time.monotonic()
+    manifest, reused = dedup(
+        run.records,
+        run.output.out,
+        run_options(run.output, run.engine, show, ("numpy",)),
+        near=None if run.exact_only else run.near,
+        compress=run.output.zstd,
+    )
+    return finished_records(run.output.out, manifest, reused, started)
+
+
 def dedup(
     records: Sequence[Path],
     out: Path,
     options: Options,
     *,
-    near: float | None = DEFAULT_NEAR,
+    near: float | None = DedupRun.near,
     compress: bool = False,
 ) -> tuple[Manifest, bool]:
     """Deduplicate records directories into one.

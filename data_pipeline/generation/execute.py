@@ -4,27 +4,38 @@ Each record with the source `exercise` is run as a program of its own: its defin
 beside them at the top level (such as assertions), and then the examples of its docstrings, which
 must print exactly what they show. All other records pass.
 
-The programs come from a language model, so they run in a sandbox, which is passed in: this package
-knows nothing of it. The program is told its own source as a string, so that it starts in a module
-of its own and cannot be mistaken for the frame around it. A program could feign success of its own
-examples; nothing else depends on its verdict than whether it is kept itself.
+The programs come from a language model, so they run in the sandbox. A program is told its own
+source as a string, so that it starts in a module of its own and cannot be mistaken for the frame
+around it. It could feign success of its own examples; nothing else depends on its verdict than
+whether it is kept itself.
 """
 
+import json
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from data_pipeline.generation.options import ExecuteRun
 from data_pipeline.records.record import Json, Record, Reject
+from data_pipeline.runner.finished import Finished, Show, run_planned
 from data_pipeline.runner.output import write_json
 from data_pipeline.runner.record_work import PartShard, broken_text, read_shard, record_work
 from data_pipeline.runner.stage import Stage, Tally, Work
+from data_pipeline.sandbox.packages import Packages, find_packages
+from data_pipeline.sandbox.program_test import ProgramTest
+from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
 
 VERSION = "2"
 SOURCE = "exercise"
 BATCH = 512  # programs that are handed over together
 ENTRY = "failed_examples"
 COUNT_NAME = "execution.json"  # beside the parts
+# The test is ours and runs outside of the program's process.
+_TEST = ProgramTest(code=f"said = {ENTRY}()\nassert said == '', said\n", entry_point=ENTRY)
+# such as an exercise that replaces what the test calls, or one that waits for input
+_STATUS = {"unlike": "exception", "stalled": "timeout"}
 
 _FRAME = """
 import sys, types
@@ -77,6 +88,61 @@ class _Shard:
 def program(source: str) -> str:
     """The program that runs an exercise and its examples."""
     return _FRAME.format(source=ascii(source), entry=ENTRY)
+
+
+@dataclass(frozen=True)
+class SandboxRun:
+    """Runs programs one after the other, each in fresh processes; can be sent to workers.
+
+    Attributes:
+        limits: of each program.
+        isolate: False runs without a sandbox.
+        packages: what programs may import.
+    """
+
+    limits: Limits
+    isolate: bool
+    packages: Packages
+
+    def __call__(self, programs: Sequence[str]) -> list[Ran]:
+        """The outcomes in the order of the programs."""
+        if not programs:
+            return []
+        lane = Lane(self.limits, isolate=self.isolate, packages=self.packages)
+        try:
+            verdicts = [lane.judge(program, _TEST) for program in programs]
+        finally:
+            lane.close()
+        return [
+            Ran(_STATUS.get(verdict.status, verdict.status), " ".join(verdict.error.split()))
+            for verdict in verdicts
+        ]
+
+
+def execute_run(run: ExecuteRun, show: Show) -> Finished:
+    """Execute as the user's options say.
+
+    Raises:
+        FileNotFoundError, ValueError, RunError: see `plan_execute` and `run_stage`; there is no
+            sandbox.
+    """
+    started, out = time.monotonic(), run.output.out
+    limits = Limits(seconds=run.timeout, memory_bytes=run.memory_mib << 20)
+    isolate = not run.unsafe_no_sandbox
+    given = None if run.package is None else [name for name in run.package if name]
+    packages = find_packages(given)
+    lane = Lane(limits, isolate=isolate, packages=packages)  # can programs be run at all?
+    lane.close()
+
+    config = asdict(limits) | {"sandbox": isolate, "packages": lane.packages}
+    planned = plan_execute(run.records, SandboxRun(limits, isolate, packages), config)
+    done = run_planned(planned, run.output, run.engine, show, started=started)
+    isolation = describe_isolation(isolate, lane.packages)
+    count = json.loads((out / COUNT_NAME).read_bytes())["exercises"]
+    return Finished(
+        done.result | {"exercises": count, "isolation": isolation},
+        f"{done.line} | {count} exercises were run | isolation: {isolation}",
+    )
 
 
 def plan_execute(records: Sequence[Path], run: Run, limits: dict[str, Json]) -> tuple[Stage, Work]:

@@ -7,6 +7,7 @@ whole corpus is deduplicated later; this gate saves paying for what would be thr
 
 from dataclasses import dataclass, field
 
+from data_pipeline.generation.options import WritingOptions
 from data_pipeline.similarity.minhash import band_keys, signatures
 
 BANDS, ROWS = 16, 8
@@ -38,16 +39,10 @@ class NearDuplicateGate:
         curve: the windows so far.
     """
 
-    window: int = 1000
-    stop_below: float = 0.0
+    window: int = WritingOptions.window
+    stop_below: float = WritingOptions.stop_below
     curve: list[Window] = field(default_factory=list)
     _seen: list[dict[int, str]] = field(default_factory=lambda: [{} for _ in range(BANDS)])
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"--window {self.window}: at least 1 is needed")
-        if not 0 <= self.stop_below <= 1:
-            raise ValueError(f"--stop-below {self.stop_below}: must be a share from 0 to 1")
 
     def admit(self, text: str, name: str) -> str | None:
         """Take a sound sample; returns the name of an earlier one that it repeats, else None."""

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.generation import plan_lists
+from data_pipeline.generation.options import PlanRun
 from data_pipeline.records.jsonl import (
     MAX_LINE_BYTES,
     LineWriter,
@@ -27,6 +28,7 @@ from data_pipeline.records.jsonl import (
     read_lines,
 )
 from data_pipeline.records.record import record_id
+from data_pipeline.runner.finished import Finished, Show
 from data_pipeline.runner.output import OtherOutput, is_made
 from megaphi.durable import sync
 
@@ -52,6 +54,26 @@ class Entry:
     id: str
     kind: str
     fields: dict[str, str]
+
+
+def plan_run(run: PlanRun, show: Show) -> Finished:
+    """Write a plan as the user's options say.
+
+    Raises:
+        ValueError, FileNotFoundError: a list cannot be used, or has too few values.
+    """
+    kind, out = run.kind.removesuffix("s"), run.output.out
+    lists = default_lists(kind)
+    if run.lists is not None:
+        lists |= read_lists(run.lists, kind)
+    entries = make_plan(kind, run.samples, lists, run.seed)
+    count, sha256, reused = write_plan(out, entries, overwrite=run.output.overwrite)
+    sizes = {field: len(values) for field, values in lists.items()}
+    result: dict[str, Any] = {"out": str(out), "reused": reused, "samples": count}
+    result |= {"lists": sizes, "sha256": sha256}
+    listed = " x ".join(f"{size} {field}" for field, size in sizes.items())
+    did = "reused" if reused else "planned"
+    return Finished(result, f"{did} {out}: {count} {run.kind} from {listed}")
 
 
 def default_lists(kind: str) -> dict[str, list[str]]:
@@ -123,12 +145,12 @@ def make_plan(
     topics, drawn = len(lists[first]), min(WORDS_DRAWN, len(lists["words"]))
     draws = math.comb(len(lists["words"]), drawn)
     if samples < 1:
-        raise ValueError(f"--samples {samples}: at least 1 is needed")
+        raise ValueError(f"`samples` {samples}: at least 1 is needed")
     if samples > topics * combinations * draws:
         raise ValueError(
-            f"--samples {samples}: the lists give {topics * combinations * draws} distinct "
+            f"`samples` {samples}: the lists give {topics * combinations * draws} distinct "
             f"combinations, {draws} choices of {drawn} words counted in; give longer ones with "
-            "--lists, or ask for fewer"
+            "`lists`, or ask for fewer"
         )
     order = list(lists[first])
     random.Random(f"{seed}").shuffle(order)

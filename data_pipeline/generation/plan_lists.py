@@ -1,6 +1,6 @@
 """The lists that plans are made of: basic coding concepts, who learns them, and how.
 
-Replaced by `megaphi data plan-generation --lists FILE.yaml`.
+Replaced by the `lists` of a plan.
 """
 
 

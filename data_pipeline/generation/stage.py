@@ -7,27 +7,37 @@ order the server answered. Each sample that was asked for is kept, or rejected w
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from data_pipeline.generation.check import check_exercise, check_textbook
 from data_pipeline.generation.near_duplicates import NearDuplicateGate
+from data_pipeline.generation.options import GenerateRun, WritingOptions
 from data_pipeline.generation.plan import Entry, read_plan
+from data_pipeline.llm.account import (
+    asked_result,
+    asking_options,
+    consent,
+    open_ledger,
+    read_servers,
+    unanswered,
+)
 from data_pipeline.llm.ask import Failure, Outcome
 from data_pipeline.llm.completion import Request
 from data_pipeline.llm.ledger import Ledger
-from data_pipeline.llm.parameters import Adjustments
+from data_pipeline.llm.options import Sending
+from data_pipeline.llm.parameters import Adjustments, read_adjustments
 from data_pipeline.llm.patience import Patience
-from data_pipeline.llm.prices import Price
-from data_pipeline.llm.prompts import DEFAULT_PROMPTS, write_request
-from data_pipeline.llm.secrets import Redactor
+from data_pipeline.llm.prices import Price, dollars
+from data_pipeline.llm.prompts import DEFAULT_PROMPTS, check_template, write_request
+from data_pipeline.llm.secrets import Redactor, guarded
 from data_pipeline.llm.session import (
     REPORT_NAME,
     Estimate,
     Progress,
-    Sending,
     Server,
     ask_server,
     traffic_report,
@@ -35,6 +45,7 @@ from data_pipeline.llm.session import (
 from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, Record, Reject, digest
 from data_pipeline.records.text import DocumentError
+from data_pipeline.runner.finished import Finished, Show, reasons
 from data_pipeline.runner.output import (
     Manifest,
     write_json,
@@ -47,36 +58,12 @@ VERSION = "2"
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
-    """What is asked for and what is accepted.
-
-    Attributes:
-        model: who writes.
-        prompts: template by kind.
-        max_tokens: most tokens of an answer.
-        temperature: of the sampling.
-        seed: sent to the server; None leaves it out.
-        min_words: of prose in a textbook section.
-        window: samples in a stretch of the growth curve.
-        stop_below: see `NearDuplicateGate`.
-        adjustments: of every request.
-    """
+    """Who writes, with which template of each kind, and what is accepted."""
 
     model: str
-    prompts: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_PROMPTS))
-    max_tokens: int = 1024
-    temperature: float = 1.0
-    seed: int | None = None
-    min_words: int = 80
-    window: int = 1000
-    stop_below: float = 0.0
-    adjustments: Adjustments = field(default_factory=Adjustments)
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"--max-tokens {self.max_tokens}: at least 1 is needed")
-        if not 0 <= self.temperature <= 2:
-            raise ValueError(f"--temperature {self.temperature}: must be from 0 to 2")
-        NearDuplicateGate(self.window, self.stop_below)
+    prompts: dict[str, str]
+    options: WritingOptions
+    adjustments: Adjustments
 
     def request(self, entry: Entry) -> Request:
         """The request for one entry of a plan."""
@@ -84,9 +71,9 @@ class Writing:
             self.prompts[entry.kind],
             entry.fields,
             model=self.model,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
+            max_tokens=self.options.max_tokens,
+            temperature=self.options.temperature,
+            seed=self.options.seed,
         )
         return self.adjustments.apply(request)
 
@@ -136,7 +123,7 @@ class Sifter:
     def __init__(self, writing: Writing, plan: Path) -> None:
         self._writing = writing
         self._plan = plan
-        self.gate = NearDuplicateGate(writing.window, writing.stop_below)
+        self.gate = NearDuplicateGate(writing.options.window, writing.options.stop_below)
 
     def take(self, entry: Entry, outcome: Outcome) -> Record | Reject:
         """Judge one outcome; the near-duplicate gate remembers what is accepted."""
@@ -168,7 +155,7 @@ class Sifter:
             text = exercise.text
             extra = {"problem": exercise.problem, "solution": exercise.solution}
         else:
-            text = check_textbook(text, self._writing.min_words)
+            text = check_textbook(text, self._writing.options.min_words)
         gen: dict[str, Json] = {
             "request": request.key,
             "model": self._writing.model,
@@ -201,6 +188,77 @@ class Generated:
     manifest: Manifest
     reused: bool
     report: dict[str, Json]
+
+
+def generate_run(run: GenerateRun, show: Show) -> Finished:
+    """Generate as the user's options say, once the user agrees to the cost; see `generate`."""
+    started, out = time.monotonic(), run.output.out
+    (server,) = read_servers(run.asking)
+    writing = Writing(
+        model=server.model,
+        prompts=_prompts(run),
+        options=run.options,
+        adjustments=read_adjustments(run.asking.parameters),
+    )
+    redact = Redactor([server.key] if server.key is not None else [])
+    with guarded(redact), open_ledger(run.asking, [server], out) as ledger:
+        count = _counter(run.tokenizer)
+        found = estimate(run.plan, writing, server.price, ledger.__contains__, count)
+        said = consent(run.asking.money, found, ledger)
+        if said is not None:
+            return said
+        made = generate(
+            run.plan,
+            out,
+            writing,
+            server,
+            run.asking.sending,
+            ledger,
+            redact,
+            asking_options(run.output),
+            samples=found.samples,
+            partial=run.partial,
+        )
+        result = asked_result(out, made.manifest, made.reused, ledger, started)
+    manifest, report = made.manifest, made.report
+    result |= {"stopped": report["stopped"], "growth_curve": report["growth_curve"]}
+    stopped = f" | stopped: {report['stopped']}" if report["stopped"] else ""
+    line = (
+        f"{'reused' if made.reused else 'generated'} {out}: {manifest.records_out} "
+        f"records of {manifest.records_in} asked for | {reasons(manifest.rejected)}{stopped} | "
+        f"{dollars(ledger.spent)} in all | {time.monotonic() - started:.1f} s"
+        f"{unanswered(manifest.rejected)}"
+    )
+    return Finished(result, line)
+
+
+def _prompts(run: GenerateRun) -> dict[str, str]:
+    """The template of each kind.
+
+    Raises:
+        ValueError, FileNotFoundError: the user's cannot be used.
+    """
+    prompts = dict(DEFAULT_PROMPTS)
+    if run.prompt is not None:
+        if not run.prompt.is_file():
+            raise FileNotFoundError(f"`prompt` {run.prompt}: no such file")
+        template = run.prompt.read_text(encoding="utf-8")
+        first = next(read_plan(run.plan), None)
+        if first is None:
+            raise ValueError(f"{run.plan}: an empty plan")
+        check_template(template, first.fields, str(run.prompt))
+        prompts[first.kind] = template
+    return prompts
+
+
+def _counter(name: str | None) -> Callable[[str], int] | None:
+    """Counts tokens with a tokenizer; None for the default."""
+    if name is None:
+        return None
+    from data_pipeline.tokens.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(name)
+    return lambda text: len(tokenizer.encode_batch([text])[0])
 
 
 def generate(
@@ -245,8 +303,8 @@ def generate(
     sifter = Sifter(writing, plan)
     progress = Progress("generate", samples)
     patience = Patience(
-        "ask another --model, or in other words with --prompt",
-        {"too_short": "lower --min-words or raise --max-tokens"},
+        "ask another `model`, or in other words with `prompt`",
+        {"too_short": "lower `min_words` or raise `max_tokens`"},
     )
     under_way: dict[int, Entry] = {}
 
@@ -274,7 +332,7 @@ def generate(
     if cap and not partial:
         raise RunError(
             f"{progress.done} of {samples} samples are written, then the cost cap ended the run: "
-            f"{cap}; raise --max-cost and run again, or pass --partial to publish these"
+            f"{cap}; raise `max_cost` and run again, or set `partial` to publish these"
         )
     inputs[0]["complete"] = not cap
     report: dict[str, Json] = {}
@@ -304,8 +362,8 @@ def generate(
 
 
 def _stage(writing: Writing) -> Stage:
-    config = vars(writing) | {"prompts": dict(writing.prompts)}
-    config |= config.pop("adjustments").config()
+    config = {"model": writing.model, "prompts": writing.prompts, **vars(writing.options)}
+    config |= writing.adjustments.config()
     return Stage(
         name="generate",
         version=VERSION,

@@ -315,7 +315,7 @@ def detect_secrets_version() -> str:
     except metadata.PackageNotFoundError:
         raise ValueError(
             "the secret scan uses detect-secrets, which is not installed: "
-            "pip install 'megaphi[data]', or pass --no-detect-secrets to use our own rules alone"
+            "pip install 'megaphi[data]', or turn `detect_secrets` off to use our own rules alone"
         ) from None
 
 

@@ -2,7 +2,7 @@
 
 Each record gets `signals` (`signals.py`) and `secrets`, the kinds and counts of what the scan found
 (`secrets.py`); the rules of a thresholds file (`heuristics.yaml`) then keep or reject it. Signals
-and scans that a record carries already are used as they are, so that `--signals-only`, once, and
+and scans that a record carries already are used as they are, so that `signals_only`, once, and
 then any number of runs with other thresholds cost no parsing.
 
 Reasons besides the names of the rules: `unscannable` (the text killed the process that parsed it),
@@ -10,14 +10,15 @@ Reasons besides the names of the rules: `unscannable` (the text killed the proce
 rejects hold numbers, kinds and counts, and never a piece of the text.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import yaml
 
+from data_pipeline.heuristics.options import HeuristicsOptions, HeuristicsRun
 from data_pipeline.heuristics.secrets import (
     PII_KINDS,
     SCANNER_VERSION,
@@ -29,6 +30,7 @@ from data_pipeline.heuristics.secrets import (
 from data_pipeline.heuristics.signals import SIGNALS_VERSION, Signals, compute_signals
 from data_pipeline.records.record import Json, Record, Reject
 from data_pipeline.runner.disposable_worker import DisposableWorker, WorkerDied
+from data_pipeline.runner.finished import Finished, Show, run_planned
 from data_pipeline.runner.record_work import (
     PartShard,
     broken_text,
@@ -39,35 +41,9 @@ from data_pipeline.runner.record_work import (
 from data_pipeline.runner.stage import Stage, Tally, Work
 
 VERSION = "1"
-Treatment = Literal["redact", "reject", "keep"]
-TREATMENTS: tuple[Treatment, ...] = ("redact", "reject", "keep")
 # What identifies a record or a fixed vocabulary holds no secret and must not change.
 _UNSCANNED_KEYS = {"id", "source", "lang", "license", "revision", "lineage", "signals", "secrets"}
 _RULE_KEYS = {"signal", "min", "max", "python"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeuristicsOptions:
-    """What the output depends on, besides the records.
-
-    Attributes:
-        thresholds: file of the rules; None for ours.
-        signals_only: apply no rule.
-        secrets: what to do about credentials.
-        pii: what to do about e-mail and IP addresses.
-        detect_secrets: run the plugins of detect-secrets beside our own rules.
-    """
-
-    thresholds: Path | None = None
-    signals_only: bool = False
-    secrets: Treatment = "redact"
-    pii: Treatment = "redact"
-    detect_secrets: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("secrets", "pii"):
-            if getattr(self, name) not in TREATMENTS:
-                raise ValueError(f"--{name} {getattr(self, name)}: one of {', '.join(TREATMENTS)}")
 
 
 def load_thresholds(path: Path | None) -> dict[str, Json]:
@@ -111,7 +87,19 @@ def _check_rule(where: str, rule: Json) -> None:
         raise ValueError(f"{where}: python must be true or false")
 
 
-def plan_heuristics(records: list[Path], options: HeuristicsOptions) -> tuple[Stage, Work]:
+def heuristics(run: HeuristicsRun, show: Show) -> Finished:
+    """Apply the heuristics to records.
+
+    Raises:
+        FileNotFoundError, ValueError, RunError: see `plan_heuristics` and `run_stage`.
+    """
+    started = time.monotonic()
+    planned = plan_heuristics(run.records, run.options)
+    libraries = ("detect-secrets",)
+    return run_planned(planned, run.output, run.engine, show, libraries=libraries, started=started)
+
+
+def plan_heuristics(records: Sequence[Path], options: HeuristicsOptions) -> tuple[Stage, Work]:
     """The stage and its work.
 
     Args:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from data_pipeline.ingest.options import PERMISSIVE, FilterFiles
 from data_pipeline.records.record import Record, digest
 from megaphi.errors import RunError
 
-PERMISSIVE = "permissive"
 _TOKEN = re.compile(r"\s*(?:([()])|([A-Za-z0-9.+:-]+)|(\S))")
 _IDENTIFIER = re.compile(r"[A-Za-z0-9.+:-]+", re.ASCII)
 _REPOSITORY = re.compile(r"[^/\s]+/[^/\s]*")
@@ -91,27 +91,6 @@ def _one(tokens: list[str], at: int, allowed: frozenset[str], depth: int) -> tup
     if at + 1 < len(tokens) and tokens[at] == "with":
         at += 2
     return name in allowed or name.removesuffix("+") in allowed, at
-
-
-@dataclass(frozen=True)
-class FilterFiles:
-    """The lists that documents are held against.
-
-    Attributes:
-        licenses: file of the allow-list, `permissive` for the shipped one, None for no list.
-        opt_out: file of the repositories that are left out, None for none.
-    """
-
-    licenses: str | None = None
-    opt_out: str | None = None
-
-    def absolute(self) -> "FilterFiles":
-        """The same with absolute paths, for workers that run elsewhere."""
-        shipped = self.licenses in (None, PERMISSIVE)
-        return FilterFiles(
-            self.licenses if shipped else str(Path(str(self.licenses)).resolve()),
-            None if self.opt_out is None else str(Path(self.opt_out).resolve()),
-        )
 
 
 @dataclass(frozen=True)

@@ -253,5 +253,5 @@ def text_field(position: str, row: dict[str, Json], wanted: str | None) -> str:
     asked = f"no field {wanted!r}" if wanted else f"none of the fields {', '.join(TEXT_FIELDS)}"
     raise ValueError(
         f"{position}: {asked}; the row has {', '.join(map(repr, row)) or 'no fields'}; "
-        "name the field with --text-field"
+        "name the field with `text_field`"
     )

@@ -132,7 +132,7 @@ def _find_files(root: str, name: str, exclude: Sequence[str]) -> list[SourceFile
     found: list[SourceFile] = []
     _walk(root, name, exclude, found)
     if any(file.kind == "python" and not file.refused for file in found):
-        why = "beside .py files: name it as a source to read it, or leave it out with --exclude"
+        why = "beside .py files: name it as a source to read it, or leave it out with `exclude`"
         return [
             file
             if file.kind == "python" or file.refused
@@ -213,7 +213,7 @@ def check_outside(sources: Sequence[Source], out: Path) -> None:
         if reads_data and root.is_dir() and root.resolve() in (place, *place.parents):
             raise ValueError(
                 f"{out}: lies in {printable(source.argument)}, whose data files are read: the next "
-                "run would read these records again; choose an --out elsewhere"
+                "run would read these records again; choose an `out` elsewhere"
             )
 
 

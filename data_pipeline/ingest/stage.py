@@ -27,10 +27,11 @@ Archives, the Stack Exchange dump and programming contests have reasons of their
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_pipeline.ingest.code_contests import COLUMNS, is_contest_row
 from data_pipeline.ingest.documents import (
@@ -39,7 +40,8 @@ from data_pipeline.ingest.documents import (
     python_outcome,
     row_outcome,
 )
-from data_pipeline.ingest.licenses import FilterFiles, load_filters, load_same_filters
+from data_pipeline.ingest.licenses import load_filters, load_same_filters
+from data_pipeline.ingest.options import IngestOptions, IngestRun
 from data_pipeline.ingest.rows import Span, first_row, read_rows, split_file, text_field
 from data_pipeline.ingest.sources import (
     Source,
@@ -53,77 +55,20 @@ from data_pipeline.ingest.sources import (
 from data_pipeline.ingest.stackoverflow import PostOptions, TextLimits, read_posts
 from data_pipeline.records.record import Json, Record, Reject, digest, reject_at
 from data_pipeline.records.text import LONG_WORD, DocumentError
+from data_pipeline.runner.finished import Finished, Show, run_planned
 from data_pipeline.runner.output import write_json
 from data_pipeline.runner.stage import Stage, Tally, Work
 
 VERSION = "3"
 SHARD_BYTES = 32 * 2**20  # small files are gathered to shards of this size
 SHARD_FILES = 20_000
-DEFAULT_MAX_BYTES = 2**20  # The Stack, too, drops files above 1 MB
 NOTES = (
     "a UTF-8 byte order mark is dropped",
     "carriage return + line feed becomes line feed",
 )
 
-Format = Literal["auto", "stack", "code-contests", "stackoverflow"]
-FORMATS: tuple[Format, ...] = ("auto", "stack", "code-contests", "stackoverflow")
 _LABELS = {"stack": "stack", "code-contests": "code_contests", "stackoverflow": "stackoverflow"}
 _STACK_FIELDS = ("max_stars_repo_name", "repo_name")  # version 1, version 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class IngestOptions:
-    """What the output of ingest depends on, besides its sources.
-
-    Attributes:
-        source: label of the records; None takes that of the format: `stack`, `code_contests`,
-            `stackoverflow`, else `local`.
-        format: of the sources; `auto` tells contests and Stack Exchange dumps by their content.
-        text_field: field of the text in rows; None takes the first of content, text, code.
-        min_bytes: smallest text, UTF-8 bytes.
-        max_bytes: largest text.
-        limit: stop after this many documents read, kept or not; None reads all.
-        exclude: patterns of names of files and folders that are not looked at.
-        filters: allow-list of licences and opt-out list.
-        tags: of Stack Exchange: a question is wanted that has one of these.
-        min_score: lowest score of an answer that is not the accepted one.
-        max_answers: most answers of a question.
-        site: host of the dump's site.
-        max_solutions: most solutions of a contest problem.
-    """
-
-    source: str | None = None
-    format: Format = "auto"
-    text_field: str | None = None
-    min_bytes: int = 1
-    max_bytes: int = DEFAULT_MAX_BYTES
-    limit: int | None = None
-    exclude: Sequence[str] = ()
-    filters: FilterFiles = field(default_factory=FilterFiles)
-    tags: Sequence[str] = ("python",)
-    min_score: int = 1
-    max_answers: int = 3
-    site: str = "stackoverflow.com"
-    max_solutions: int = 3
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_bytes <= self.max_bytes:
-            raise ValueError(
-                f"--min-bytes {self.min_bytes} --max-bytes {self.max_bytes}: "
-                "must be 0 or more, the first not above the second"
-            )
-        for name in ("limit", "max_answers", "max_solutions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-        for name in ("source", "site"):
-            value = getattr(self, name)
-            if value is not None and (not value or not value.isprintable()):
-                raise ValueError(f"--{name} {value!r}: must be printable and not empty")
-        if self.format not in FORMATS:
-            raise ValueError(f"--format {self.format}: not one of {', '.join(FORMATS)}")
-        if not self.tags:
-            raise ValueError("--tags: at least one is needed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +109,19 @@ class IngestShard:
 
     units: list[Unit]
     options: IngestOptions
+
+
+def ingest(run: IngestRun, show: Show) -> Finished:
+    """Ingest sources into a records directory.
+
+    Raises:
+        FileNotFoundError, ValueError, RunError: see `plan_ingest` and `run_stage`.
+    """
+    started = time.monotonic()
+    planned = plan_ingest(run.sources, run.options, run.output.out)
+    libraries = ("pyarrow", "datasets", "zstandard", "py7zr")
+    done = run_planned(planned, run.output, run.engine, show, libraries=libraries, started=started)
+    return Finished(done.result, done.line.replace("wrote", "ingested", 1))
 
 
 def plan_ingest(
@@ -246,7 +204,7 @@ def _plan_file(index: int, file: SourceFile, options: IngestOptions) -> list[Uni
         kind = _row_format(found[1], options)
         name = text_field(*found, name) if kind != "code-contests" else None
     if wanted not in (None, kind) and (found is not None or "stackoverflow" in (wanted, kind)):
-        raise ValueError(f"{file.path}: --format {wanted}, but it looks like {kind!r}")
+        raise ValueError(f"{file.path}: `format` {wanted}, but it looks like {kind!r}")
     label = options.source or _LABELS.get(wanted or kind, "local")
     return [
         Unit(source=index, file=file, format=kind, field=name, span=span, label=label)

@@ -17,44 +17,26 @@ from data_pipeline.llm.completion import Bounds, Request
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Answer, CostCapReached, Ledger
 from data_pipeline.llm.limiter import Limiter
+from data_pipeline.llm.options import Policy
 from megaphi.errors import RunError
 
+FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each
 BILLED_ATTEMPTS = 2  # of a request whose failures may cost money
 READ_AHEAD = 64  # requests, for each one in flight, that may be answered ahead of a slow one
 OUTAGE = 8  # requests in a row that failed for good: the server is gone
 PARAMETERS = (
-    "a parameter that the server refuses can be left out (--leave-out temperature), renamed "
-    "(--rename max_tokens=max_completion_tokens) or added (--set NAME=VALUE); --merge-system sends "
-    "no system message, --answers text no JSON schema"
+    "a parameter that the server refuses can be left out (`leave_out` temperature), renamed "
+    "(`rename` max_tokens=max_completion_tokens) or added (`set` NAME=VALUE); `merge_system` sends "
+    "no system message, `answers` text no JSON schema"
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """What to do when the server fails.
-
-    Attributes:
-        attempts: how often one request is sent.
-        first_wait: seconds before the second attempt; doubles with each.
-        max_wait: longest wait in seconds, also where the server asks for more.
-    """
-
-    attempts: int = 6
-    first_wait: float = 0.5
-    max_wait: float = 60.0
-
-    def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"--attempts {self.attempts}: at least 1 is needed")
-        if not 0 <= self.max_wait <= 3600:
-            raise ValueError(f"--max-wait {self.max_wait}: must be from 0 to 3600 seconds")
-
-    def wait(self, attempt: int, error: CallError) -> float:
-        """Seconds to wait after failed attempt number `attempt`, counted from 0."""
-        if error.retry_after is not None:
-            # A little later than the server says, so that waiting requests do not all come at once.
-            return min(error.retry_after * random.uniform(1, 1.1), self.max_wait)
-        return random.uniform(0.5, 1) * min(self.first_wait * 2.0**attempt, self.max_wait)
+def wait_before_retry(policy: Policy, attempt: int, error: CallError) -> float:
+    """Seconds to wait after failed attempt number `attempt`, counted from 0."""
+    if error.retry_after is not None:
+        # A little later than the server says, so that waiting requests do not all come at once.
+        return min(error.retry_after * random.uniform(1, 1.1), policy.max_wait)
+    return random.uniform(0.5, 1) * min(FIRST_WAIT * 2.0**attempt, policy.max_wait)
 
 
 @dataclass
@@ -231,7 +213,7 @@ class Asker:
                 last = attempt + 1 == self._policy.attempts or billed == BILLED_ATTEMPTS
                 if last or not error.retry:
                     return self._give_up(error)
-                wait = self._policy.wait(attempt, error)
+                wait = wait_before_retry(self._policy, attempt, error)
                 if error.overloaded:
                     self._limiter.back_off(wait)  # every request waits, this one among them
                 else:
@@ -314,7 +296,7 @@ def overcharged(url: str, bounds: Bounds, answer: Answer) -> str:
     return (
         f"{url}: charged {answer.prompt_tokens} prompt and {answer.completion_tokens} completion "
         f"tokens where a request can take {bounds.prompt} and {bounds.completion}: no cap holds "
-        "there; it is booked as charged and its answer kept; raise --max-tokens, give thoughts "
-        "room with --reasoning-tokens, or name the limit as the server knows it (--rename "
+        "there; it is booked as charged and its answer kept; raise `max_tokens`, give thoughts "
+        "room with `reasoning_tokens`, or name the limit as the server knows it (`rename` "
         "max_tokens=max_completion_tokens)"
     )

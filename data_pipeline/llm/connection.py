@@ -227,7 +227,7 @@ class Connection:
         if status in ("401", "403"):
             return RunError(f"{where}: the API key is refused (HTTP {status}): {said}")
         return RunError(
-            f"{where}: HTTP {status}: {said}; check --base-url (it mostly ends in /v1) and --model"
+            f"{where}: HTTP {status}: {said}; check `base_url` (it mostly ends in /v1) and `model`"
         )
 
 

@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 
+from data_pipeline.llm.options import Sending
+
 BURST_SECONDS = 1.0  # a bucket holds what accrues in this: providers enforce limits per second
 
 
@@ -53,17 +55,17 @@ class Limiter:
         *,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
-        max_in_flight: int = 16,
+        max_in_flight: int = Sending.in_flight,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         for name, value in (
-            ("--requests-per-minute", requests_per_minute),
-            ("--tokens-per-minute", tokens_per_minute),
-            ("--in-flight", max_in_flight),
+            ("requests_per_minute", requests_per_minute),
+            ("tokens_per_minute", tokens_per_minute),
+            ("in_flight", max_in_flight),
         ):
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} {value}: must be above 0")
+                raise ValueError(f"`{name}` {value}: must be above 0")
         now = clock()
         self._requests = None if requests_per_minute is None else _Bucket(requests_per_minute, now)
         self._tokens = None if tokens_per_minute is None else _Bucket(tokens_per_minute, now)

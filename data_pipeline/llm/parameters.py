@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from data_pipeline.llm.completion import Request
+from data_pipeline.llm.options import ParameterOptions
 from data_pipeline.records.record import Json
 
 LIMIT = "max_tokens"
@@ -36,20 +37,20 @@ class Adjustments:
 
     def __post_init__(self) -> None:
         if self.reasoning_tokens < 0:
-            raise ValueError(f"--reasoning-tokens {self.reasoning_tokens}: must be 0 or more")
+            raise ValueError(f"`reasoning_tokens` {self.reasoning_tokens}: must be 0 or more")
         if LIMIT in self.leave_out:
             raise ValueError(
-                f"--leave-out {LIMIT}: nothing else bounds what an answer costs; --rename gives "
+                f"`leave_out` {LIMIT}: nothing else bounds what an answer costs; `rename` gives "
                 "it another name"
             )
         for name in self.add:
             if name in _OURS:
-                raise ValueError(f"--set {name}: is set by megaphi; see --help for its options")
+                raise ValueError(f"`set` {name}: is set by megaphi, from options of its own")
             if name in self.leave_out:
-                raise ValueError(f"--set {name}: is also in --leave-out")
+                raise ValueError(f"`set` {name}: is also in `leave_out`")
         for name in self.rename.values():
             if name in _OURS and name != "max_completion_tokens":
-                raise ValueError(f"--rename: {name} means something else")
+                raise ValueError(f"`rename`: {name} means something else")
 
     def apply(self, request: Request) -> Request:
         """The request as the server takes it.
@@ -58,16 +59,16 @@ class Adjustments:
             ValueError: a parameter to leave out or rename is not in it, or two get one name.
         """
         sent = {**request.parameters, **self.add}
-        for option, names in (("--leave-out", self.leave_out), ("--rename", self.rename)):
+        for option, names in (("leave_out", self.leave_out), ("rename", self.rename)):
             for name in names:
-                if name not in sent and not (option == "--rename" and name == LIMIT):
+                if name not in sent and not (option == "rename" and name == LIMIT):
                     raise ValueError(
-                        f"{option} {name}: not sent; the parameters are {', '.join([*sent, LIMIT])}"
+                        f"`{option}` {name}: not sent; the parameters are {', '.join([*sent, LIMIT])}"
                     )
         sent = {name: value for name, value in sent.items() if name not in self.leave_out}
         final = [self.rename.get(name, name) for name in [*sent, LIMIT]]
         if len(set(final)) < len(final):
-            raise ValueError(f"--rename: two parameters get one name, of {', '.join(final)}")
+            raise ValueError(f"`rename`: two parameters get one name, of {', '.join(final)}")
         messages = request.messages
         if self.merge_system and messages[0]["role"] == "system":
             text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
@@ -87,11 +88,7 @@ class Adjustments:
 
 
 def read_adjustments(
-    leave_out: Sequence[str],
-    rename: Sequence[str],
-    add: Sequence[str],
-    reasoning_tokens: int,
-    merge_system: bool,
+    options: ParameterOptions,
 ) -> Adjustments:
     """Adjustments as they are typed: `OLD=NEW` and `NAME=VALUE`, whose value is JSON or a word.
 
@@ -99,11 +96,11 @@ def read_adjustments(
         ValueError: one cannot be used.
     """
     return Adjustments(
-        leave_out=tuple(leave_out),
-        rename=_pairs("--rename", rename),
-        add={name: _value(text) for name, text in _pairs("--set", add).items()},
-        reasoning_tokens=reasoning_tokens,
-        merge_system=merge_system,
+        leave_out=options.leave_out,
+        rename=_pairs("rename", options.rename),
+        add={name: _value(text) for name, text in _pairs("set", options.set).items()},
+        reasoning_tokens=options.reasoning_tokens,
+        merge_system=options.merge_system,
     )
 
 
@@ -112,9 +109,9 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, sign, value = text.partition("=")
         if not (name.isidentifier() and sign and value):
-            raise ValueError(f"{option} {text}: expected NAME=VALUE")
+            raise ValueError(f"`{option}` {text}: expected NAME=VALUE")
         if name in pairs:
-            raise ValueError(f"{option} {name}: given twice")
+            raise ValueError(f"`{option}` {name}: given twice")
         pairs[name] = value
     return pairs
 

@@ -8,12 +8,12 @@ from megaphi.errors import RunError
 
 FEW = 8  # answers that the server or an option spoils, all of them
 MANY = 32  # that the model spoils: one that is often wrong is still of use
-_ROOM = "give thoughts room with --reasoning-tokens, or raise --max-tokens"
+_ROOM = "give thoughts room with `reasoning_tokens`, or raise `max_tokens`"
 _ADVICE = {
     "truncated": _ROOM,
     "no_content": _ROOM + ", where the tokens went into thoughts",
     "thoughts": _ROOM,
-    "refused": "ask another --model, or in other words",
+    "refused": "ask another `model`, or in other words",
     "no_answer": "see what the server says",
 }
 

@@ -7,14 +7,15 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from data_pipeline.llm.ask import Asker, Outcome, Policy, Traffic
+from data_pipeline.llm.ask import Asker, Outcome, Traffic
 from data_pipeline.llm.batch.batcher import Batcher
 from data_pipeline.llm.batch.client import BatchClient
-from data_pipeline.llm.batch.run import Batching, BatchRunner
+from data_pipeline.llm.batch.run import BatchRunner
 from data_pipeline.llm.client import Client
 from data_pipeline.llm.completion import AnswerReader, Request
 from data_pipeline.llm.ledger import Ledger
 from data_pipeline.llm.limiter import Limiter
+from data_pipeline.llm.options import Sending
 from data_pipeline.llm.prices import Price, dollars
 from data_pipeline.llm.secrets import Redactor, Secret
 from data_pipeline.llm.transport import BaseUrl
@@ -37,33 +38,6 @@ class Server:
     model: str
     key: Secret | None = None
     price: Price = field(default_factory=lambda: Price(0, 0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sending:
-    """How fast and how stubbornly to ask; nothing here changes an answer.
-
-    Attributes:
-        requests_per_minute: None for no limit.
-        tokens_per_minute: None for no limit.
-        in_flight: requests at a time.
-        deadline: seconds that one answer may take.
-        policy: what to do when the server fails.
-        batching: use the Batch API; None asks one by one.
-    """
-
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    in_flight: int = 16
-    deadline: float = 300.0
-    policy: Policy = field(default_factory=Policy)
-    batching: Batching | None = None
-
-    def __post_init__(self) -> None:
-        if self.in_flight < 1:
-            raise ValueError(f"--in-flight {self.in_flight}: at least 1 is needed")
-        if not 0 < self.deadline <= 86_400:
-            raise ValueError(f"--deadline {self.deadline}: must be from 0 to 86400 seconds")
 
 
 @dataclass
@@ -119,10 +93,8 @@ async def ask_server(
     Raises:
         RunError: no request can succeed, or the server is gone; the answers so far are kept.
     """
-    if sending.batching is not None:
-        return await _ask_batches(
-            server, sending, sending.batching, ledger, requests, on_outcome, redact, progress
-        )
+    if sending.batch_api.is_used:
+        return await _ask_batches(server, sending, ledger, requests, on_outcome, redact, progress)
     limiter = Limiter(
         requests_per_minute=sending.requests_per_minute,
         tokens_per_minute=sending.tokens_per_minute,
@@ -137,7 +109,7 @@ async def ask_server(
         connections=sending.in_flight,
     )
     async with client:
-        asker = Asker(client, ledger, limiter, sending.policy)
+        asker = Asker(client, ledger, limiter, sending.retries)
         async with _shown(progress, asker.traffic, ledger):
             await asker.ask_all(requests, sending.in_flight, on_outcome)
     return asker.traffic, asker.cap_message
@@ -146,7 +118,6 @@ async def ask_server(
 async def _ask_batches(
     server: Server,
     sending: Sending,
-    batching: Batching,
     ledger: Ledger,
     requests: Iterable[Request],
     on_outcome: Callable[[int, Outcome], bool],
@@ -161,9 +132,10 @@ async def _ask_batches(
     client = BatchClient(server.base, server.key, redact, deadline=sending.deadline)
     reader = AnswerReader(server.price, redact)
     async with client:
-        batcher = Batcher(
-            BatchRunner(client, reader, ledger, sending.policy, batching, server.model, say)
+        runner = BatchRunner(
+            client, reader, ledger, sending.retries, sending.batch_api, server.model, say
         )
+        batcher = Batcher(runner)
         async with _shown(progress, batcher.traffic, ledger):
             await batcher.ask_all(requests, on_outcome)
     return batcher.traffic, batcher.cap_message

@@ -54,20 +54,20 @@ def parse_base_url(text: str) -> BaseUrl:
         parts = urlsplit(text)
         host, port = (parts.hostname or "").lower(), parts.port
     except ValueError:
-        raise ValueError("--base-url: not a URL") from None
+        raise ValueError("`base_url`: not a URL") from None
     if parts.scheme not in ("http", "https") or not host or not text.isascii():
-        raise ValueError("--base-url: expected https://HOST[:PORT]/PATH, such as .../v1")
+        raise ValueError("`base_url`: expected https://HOST[:PORT]/PATH, such as .../v1")
     if any(character.isspace() or character == "\\" for character in text):
-        raise ValueError("--base-url: holds white space or a backslash")
+        raise ValueError("`base_url`: holds white space or a backslash")
     if parts.username is not None or parts.password is not None:
         raise ValueError(
-            "--base-url: holds a user name or password; keys come from the environment or a file"
+            "`base_url`: holds a user name or password; keys come from the environment or a file"
         )
     if "?" in text or "#" in text:
-        raise ValueError("--base-url: holds a query or fragment")
+        raise ValueError("`base_url`: holds a query or fragment")
     loopback = _is_loopback(host)
     if parts.scheme == "http" and not loopback:
-        raise ValueError(f"--base-url: {host} is another machine: https is needed")
+        raise ValueError(f"`base_url`: {host} is another machine: https is needed")
     return BaseUrl(
         url=text.rstrip("/"),
         scheme=parts.scheme,

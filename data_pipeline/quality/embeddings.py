@@ -36,7 +36,7 @@ def model_spec(path: Path, max_tokens: int) -> dict[str, Json]:
     from megaphi.formats.weights import is_checkpoint, resolve_model
 
     if max_tokens < 1:
-        raise ValueError(f"--max-tokens {max_tokens}: at least 1 is needed")
+        raise ValueError(f"`max_tokens` {max_tokens}: at least 1 is needed")
     source = resolve_model(path)
     tokenizer = find_tokenizer(source)
     if tokenizer is None:

@@ -43,7 +43,7 @@ Features = Callable[[Sequence[str]], Matrix]
 
 
 def feature_spec(name: str, max_tokens: int) -> dict[str, Json]:
-    """Describe the features that `--features NAME` asks for.
+    """Describe the features that option `features` asks for.
 
     Args:
         name: `hashed`, or a run, checkpoint or Hugging Face directory.

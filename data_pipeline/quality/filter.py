@@ -12,6 +12,7 @@ Memory: about 40 bytes a document. Output does not depend on the number of worke
 """
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,10 +25,12 @@ from data_pipeline.quality.embeddings import model_spec
 from data_pipeline.quality.features import BATCH_DOCUMENTS, HASHED, open_features
 from data_pipeline.quality.forest import Forest, Scores, load_forest
 from data_pipeline.quality.metrics import drift, threshold_for_precision
+from data_pipeline.quality.options import FilterRun, Selection
 from data_pipeline.quality.train_filter import FOREST_NAME, REPORT_NAME, STAGE, TRAINING_NAME
 from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, Record, Reject, digest
 from data_pipeline.runner.executors import run_shards
+from data_pipeline.runner.finished import Finished, Show, finished_records, run_options
 from data_pipeline.runner.output import (
     LOCK_NAME,
     MANIFEST_NAME,
@@ -45,38 +48,6 @@ from megaphi.errors import RunError
 
 VERSION = "1"
 DRIFT_NAME = "drift.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which documents are kept: exactly one of the first three is given.
-
-    Attributes:
-        threshold: those of at least this score.
-        keep_tokens: the best, as many as fit into this number of tokens.
-        precision: those of at least the lowest score with this precision on held-out documents.
-        bytes_per_token: by which `keep_tokens` counts; `megaphi data tokenize` prints it.
-        max_drift: largest index of drift above what chance gives, at which the output is written.
-    """
-
-    threshold: float | None = None
-    keep_tokens: int | None = None
-    precision: float | None = None
-    bytes_per_token: float = 3.6
-    max_drift: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [self.threshold, self.keep_tokens, self.precision]
-        if sum(value is not None for value in given) != 1:
-            raise ValueError("give exactly one of --threshold, --keep-tokens and --precision")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold {self.threshold:g}: must be a score from 0 to 1")
-        if self.keep_tokens is not None and self.keep_tokens < 1:
-            raise ValueError(f"--keep-tokens {self.keep_tokens}: at least 1 is needed")
-        if not self.bytes_per_token > 0:
-            raise ValueError(f"--bytes-per-token {self.bytes_per_token:g}: must be positive")
-        if self.max_drift is not None and not self.max_drift >= 0:
-            raise ValueError(f"--max-drift {self.max_drift:g}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -148,13 +119,13 @@ def load_filter(directory: Path, model: Path | None = None) -> Filter:
     report = directory / REPORT_NAME
     _check_file(report, files[REPORT_NAME])
     if spec["kind"] == HASHED and model is not None:
-        raise ValueError("--model: this filter was trained on hashed features")
+        raise ValueError("`model`: this filter was trained on hashed features")
     if spec["kind"] != HASHED:
         found = model_spec(model or Path(spec["path"]), spec["max_tokens"])
         if found["sha256"] != spec["sha256"]:
             raise ValueError(
                 f"{found['path']}: not the model that the filter was trained with; name that one "
-                "with --model, or train again"
+                "as `model`, or train again"
             )
         spec = found
     identity = digest([manifest["version"], manifest["key"], files])[:12]
@@ -164,6 +135,31 @@ def load_filter(directory: Path, model: Path | None = None) -> Filter:
 def _check_file(path: Path, sha256: str) -> None:
     if not path.is_file() or file_sha256(path) != sha256:
         raise RunError(f"{path}: missing or differs from its manifest (SHA-256); train it again")
+
+
+def filter_run(run: FilterRun, show: Show) -> Finished:
+    """Filter as the user's options say; see `load_filter` and `filter_records`."""
+    started = time.monotonic()
+    quality_filter = load_filter(run.filter, run.model)
+    manifest, reused, drift = filter_records(
+        run.records,
+        quality_filter,
+        run.output.out,
+        run.options,
+        run_options(run.output, run.engine, show, ("numpy", "scikit-learn")),
+        compress=run.output.zstd,
+    )
+    done = finished_records(run.output.out, manifest, reused, started)
+    line = (
+        f"{done.line} | threshold {drift['threshold']:g}, about {drift['kept_tokens']} of "
+        f"{drift['tokens']} tokens | scores {drift['verdict']} (PSI {drift['psi']:.3f})"
+    )
+    if drift["verdict"] == "drift":
+        line += ": unlike the training sample, label some of these records and train again"
+    wanted = run.options.keep_tokens
+    if wanted is not None and drift["tokens"] < wanted:
+        line += f" | fewer than the {wanted} asked for: all are kept"
+    return Finished(done.result | {"drift": drift}, line)
 
 
 def filter_records(
@@ -290,7 +286,7 @@ def _decide(
     if selection.max_drift is not None and above > selection.max_drift:
         raise RunError(
             f"the scores drifted from those of the training sample: population stability index "
-            f"{found['psi']:.3f}, {above:.3f} above chance, more than --max-drift "
+            f"{found['psi']:.3f}, {above:.3f} above chance, more than `max_drift` "
             f"{selection.max_drift:g}; label a sample of these records and train again"
         )
     if threshold is None:

@@ -67,13 +67,13 @@ def threshold_for_precision(curve: dict[str, list[float]], precision: float) -> 
         ValueError: no threshold reaches it; the best is named.
     """
     if not 0 < precision <= 1:
-        raise ValueError(f"--precision {precision:g}: must be above 0 and at most 1")
+        raise ValueError(f"`precision` {precision:g}: must be above 0 and at most 1")
     for threshold, reached in zip(curve["threshold"], curve["precision"], strict=True):
         if reached >= precision:
             return threshold
     best = max(curve["precision"])
     raise ValueError(
-        f"--precision {precision:g}: the filter reaches at most {best:.3f} on held-out documents"
+        f"`precision` {precision:g}: the filter reaches at most {best:.3f} on held-out documents"
     )
 
 

@@ -12,6 +12,7 @@ The output directory holds `manifest.json`, `forest.npz`, `report.json`, `report
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from data_pipeline.annotation.canaries import GOOD_FROM
 from data_pipeline.quality.features import BATCH_DOCUMENTS, feature_spec, open_features, sklearn
 from data_pipeline.quality.forest import Matrix, from_sklearn
 from data_pipeline.quality.metrics import (
@@ -30,9 +30,11 @@ from data_pipeline.quality.metrics import (
     precision_recall,
     reference_bins,
 )
+from data_pipeline.quality.options import TrainFilterRun, TrainingOptions
 from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, digest
-from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
+from data_pipeline.runner.executors import Executor, LocalExecutor, cores, executor_of, run_shards
+from data_pipeline.runner.finished import Finished, Show
 from data_pipeline.runner.output import (
     MANIFEST_NAME,
     OtherOutput,
@@ -56,38 +58,6 @@ TEXT_NAME = "report.txt"
 FEATURES_NAME = "features.npy"
 TRAINING_NAME = "training.npy"  # digests of the texts that the forest knows by heart
 MIN_OF_A_CLASS = 5  # documents of each class, on each side of the split
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What the filter depends on, besides labels and texts.
-
-    Attributes:
-        features: `hashed`, or a run, checkpoint or Hugging Face directory.
-        good_from: labels of at least this score are positive.
-        test_share: share of the labelled documents that is held out.
-        trees: of the forest.
-        min_leaf: labelled documents in a leaf, at least.
-        seed: of the split and of the forest.
-        max_tokens: of a document that a model reads.
-    """
-
-    features: str = "hashed"
-    good_from: float = GOOD_FROM
-    test_share: float = 0.2
-    trees: int = 200
-    min_leaf: int = 3
-    seed: int = 1234
-    max_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"--test-share {self.test_share:g}: must be between 0 and 1")
-        for name, value in (("--trees", self.trees), ("--min-leaf", self.min_leaf)):
-            if value < 1:
-                raise ValueError(f"{name} {value}: at least 1 is needed")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed}: must be from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)
@@ -144,6 +114,40 @@ def read_labels(directory: Path) -> dict[str, float]:
             f"{directory}: no record has a quality.score; make labels with `megaphi data annotate`"
         )
     return labels
+
+
+def train_filter_run(run: TrainFilterRun, show: Show) -> Finished:
+    """Train as the user's options say; see `train_filter`."""
+    started, out, executor = time.monotonic(), run.output.out, executor_of(run.engine)
+    trained = train_filter(
+        run.labels,
+        run.records,
+        out,
+        run.options,
+        workers=executor.workers if executor.name == "local" else cores(),
+        executor=executor,
+        overwrite=run.output.overwrite,
+        on_part=show,
+    )
+    report, seconds = trained.report, time.monotonic() - started
+    best, labels = report["suggested"], report["labels"]
+    names = ("labels", "documents", "roc_auc", "average_precision")
+    result = {
+        "out": str(out),
+        "reused": trained.reused,
+        **{name: report[name] for name in names},
+        "suggested": best,
+        "seconds": round(seconds, 3),
+    }
+    missing = labels["given"] - labels["found"]
+    line = (
+        f"{'reused' if trained.reused else 'trained'} {out}: {labels['found']} labels"
+        f"{f' ({missing} not in the records)' if missing else ''} | held-out ROC AUC "
+        f"{report['roc_auc']:.3f} | suggested threshold {best['threshold']:g}: precision "
+        f"{best['precision']:.3f}, recall {best['recall']:.3f}, keeps {best['kept']:.1%} | "
+        f"{seconds:.1f} s"
+    )
+    return Finished(result, line)
 
 
 def train_filter(
@@ -223,7 +227,7 @@ def _finished(out: Path, key: str, overwrite: bool) -> dict[str, Json] | None:
         return report
     raise OtherOutput(
         f"{out}: holds the output of other inputs or options; "
-        "choose another --out, or pass --overwrite to replace it"
+        "choose another `out`, or set `overwrite` to replace it"
     )
 
 
@@ -314,7 +318,7 @@ def _fit(
             raise ValueError(
                 f"the {side} documents have {counts[1]} labels of at least "
                 f"{options.good_from:g} and {counts[0]} below; at least {MIN_OF_A_CLASS} of each "
-                "are needed: label more documents, or change --good-from or --test-share"
+                "are needed: label more documents, or change `good_from` or `test_share`"
             )
     model = sklearn("ensemble").RandomForestClassifier(
         n_estimators=options.trees,

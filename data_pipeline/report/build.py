@@ -5,6 +5,7 @@ published by one rename, and a killed run finds the parts that were scanned.
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from pathlib import Path
 from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, digest
 from data_pipeline.report.measures import LEVELS, Scanned, corpus_measures
+from data_pipeline.report.options import ReportRun
 from data_pipeline.report.page import render
 from data_pipeline.report.scan import ScanTask, sample_rate, scan_part
-from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
+from data_pipeline.runner.executors import Executor, LocalExecutor, executor_of, run_shards
+from data_pipeline.runner.finished import Finished, Show
 from data_pipeline.runner.output import (
     MANIFEST_NAME,
     OtherOutput,
@@ -42,11 +45,53 @@ class Corpus:
     records: Sequence[Path]
 
 
+def report_run(run: ReportRun, show: Show) -> Finished:
+    """Report as the user's options say; see `build_report`."""
+    started, out = time.monotonic(), run.output.out
+    corpora = [Corpus("corpus", run.records)]
+    if run.before:
+        corpora = [Corpus("before", run.before), Corpus("after", run.records)]
+    report, reused = build_report(
+        corpora,
+        out,
+        examples=run.examples,
+        executor=executor_of(run.engine),
+        overwrite=run.output.overwrite,
+        on_part=show,
+    )
+    seconds = time.monotonic() - started
+    summaries = [_summary(corpus) for corpus in report["corpora"]]
+    told = "; ".join(
+        f"{s['label']}: {s['documents']} documents, {s['bytes'] / 1e6:.1f} MB, compresses "
+        f"{s['compression_ratio']:.2f}x, {s['near_duplicate_share']:.1%} near copies"
+        for s in summaries
+    )
+    did = "reused" if reused else "wrote"
+    return Finished(
+        {"out": str(out), "reused": reused, "corpora": summaries, "seconds": round(seconds, 3)},
+        f"{did} {out / PAGE_NAME} | {told} | {seconds:.1f} s",
+    )
+
+
+def _summary(corpus: dict[str, Json]) -> dict[str, Json]:
+    """What the result says of a corpus of the report."""
+    near = next(e for e in corpus["near_duplicates"] if e["jaccard"] == 0.85)
+    return {
+        "label": corpus["label"],
+        "documents": corpus["documents"],
+        "bytes": corpus["bytes"],
+        "compression_ratio": corpus["compression"]["ratio"],
+        "near_duplicate_share": near["redundant_share"],
+        "skeleton_unique_share": corpus["skeletons"]["documents"]["unique_share"],
+        "shared_ngrams": corpus["ngrams"]["mean_share"],
+    }
+
+
 def build_report(
     corpora: Sequence[Corpus],
     out: Path,
     *,
-    examples: int = 200,
+    examples: int = ReportRun.examples,
     workers: int = 1,
     executor: Executor | None = None,
     overwrite: bool = False,
@@ -73,7 +118,7 @@ def build_report(
         ShardsLeft: the executor leaves parts to others.
     """
     if workers < 1 or examples < 1:
-        raise ValueError(f"--workers {workers}, --examples {examples}: at least 1 is needed")
+        raise ValueError(f"`workers` {workers}, `examples` {examples}: at least 1 is needed")
     check_target(out)
     inputs: list[Json] = []
     rates: list[int] = []
@@ -89,7 +134,7 @@ def build_report(
         if json.loads((out / MANIFEST_NAME).read_bytes()).get("key") != key:
             raise OtherOutput(
                 f"{out}: holds the output of other inputs or options; "
-                "choose another --out, or pass --overwrite to replace it"
+                "choose another `out`, or set `overwrite` to replace it"
             )
         report: dict[str, Json] = json.loads((out / REPORT_NAME).read_bytes())
         return report, True

@@ -9,10 +9,12 @@ On several machines the work directory, which lies beside the output, must be in
 all of them share under the same path, with locks (`flock`) that hold across machines.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from data_pipeline.runner.options import Engine
 from data_pipeline.runner.output import WorkDirectory
 from data_pipeline.runner.pool import run_tasks
 
@@ -25,7 +27,7 @@ class Executor(Protocol):
 
     @property
     def name(self) -> str:
-        """As in `--engine NAME`."""
+        """As the engine's option names it."""
         ...
 
     @property
@@ -122,12 +124,6 @@ class SliceExecutor(LocalExecutor):
     name: str = "slice"
     shared: bool = True
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.slices:
-            raise ValueError(
-                f"--slice {self.index}/{self.slices}: must be I/N with I from 0 to N - 1"
-            )
-
     def select(self, missing: Sequence[int]) -> list[int]:
         """Every `slices`-th shard, from `index` on."""
         return [number for number in missing if number % self.slices == self.index]
@@ -148,6 +144,31 @@ class PlanExecutor:
     def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """Never called: `select` gives it no shard."""
         raise AssertionError("a plan runs nothing")
+
+
+def executor_of(engine: Engine) -> Executor:
+    """The executor that the options ask for.
+
+    Raises:
+        ValueError: Ray is not installed.
+        RunError: there is no Ray cluster.
+    """
+    if engine.engine == "ray":
+        from data_pipeline.runner.ray_executor import RayExecutor
+
+        return RayExecutor(engine.ray_address, engine.workers)
+    workers = engine.workers or cores()
+    if engine.engine == "slurm":
+        return PlanExecutor(workers)
+    if engine.slice is not None:
+        index, slices = map(int, engine.slice.split("/"))
+        return SliceExecutor(workers, index=index, slices=slices)
+    return LocalExecutor(workers)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def run_shards(

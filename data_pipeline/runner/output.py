@@ -144,9 +144,9 @@ def check_target(path: Path) -> None:
         ValueError: something else has that name.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path}: is not a directory; choose another --out")
+        raise ValueError(f"{path}: is not a directory; choose another `out`")
     if path.is_dir() and not (path / MANIFEST_NAME).is_file() and any(path.iterdir()):
-        raise ValueError(f"{path}: holds files that no stage made; choose another --out")
+        raise ValueError(f"{path}: holds files that no stage made; choose another `out`")
 
 
 def is_made(path: Path, sha256: str, what: str, *, overwrite: bool) -> bool:
@@ -165,7 +165,7 @@ def is_made(path: Path, sha256: str, what: str, *, overwrite: bool) -> bool:
     same = there and file_sha256(path) == sha256
     if there and not same and not overwrite:
         raise OtherOutput(
-            f"{path}: is another file than this {what}; choose another --out, or pass --overwrite "
+            f"{path}: is another file than this {what}; choose another `out`, or set `overwrite` "
             "to replace it"
         )
     return same
@@ -214,7 +214,7 @@ class WorkDirectory:
         # A run killed just before the last rename leaves a manifest and no lock.
         ours = (path / LOCK_NAME).exists() or (path / MANIFEST_NAME).exists()
         if any(path.iterdir()) and not ours:
-            raise ValueError(f"{path}: in the way of the work directory; move it or change --out")
+            raise ValueError(f"{path}: in the way of the work directory; move it or change `out`")
         self._take_lock(fcntl.LOCK_EX)
         self.resumed = plan_file.is_file() and plan_file.read_text(encoding="ascii") == plan
         self._clear(keep_shards=self.resumed)

@@ -74,7 +74,7 @@ def connect(address: str | None) -> Any:
     try:
         import ray
     except ImportError:
-        raise ValueError("--engine ray needs Ray: pip install 'megaphi[ray]'") from None
+        raise ValueError("`engine` ray needs Ray: pip install 'megaphi[ray]'") from None
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

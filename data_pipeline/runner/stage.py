@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from data_pipeline.records.jsonl import LineWriter
 from data_pipeline.records.record import Json, Lineage, Record, Reject, digest, record_line
 from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
+from data_pipeline.runner.options import RecordsOutput
 from data_pipeline.runner.output import (
     MANIFEST_NAME,
     Manifest,
@@ -212,16 +213,16 @@ class Options:
 
     workers: int = 1
     executor: Executor | None = None
-    max_reject: float = 0.5
+    max_reject: float = RecordsOutput.max_reject
     overwrite: bool = False
     libraries: tuple[str, ...] = ()
     on_shard: Callable[[int, int], None] = lambda done, total: None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise ValueError(f"--workers {self.workers}: at least 1 is needed")
+            raise ValueError(f"`workers` {self.workers}: at least 1 is needed")
         if not 0 <= self.max_reject <= 1:
-            raise ValueError(f"--max-reject {self.max_reject}: must be a share from 0 to 1")
+            raise ValueError(f"`max_reject` {self.max_reject}: must be a share from 0 to 1")
 
     @property
     def runner(self) -> Executor:
@@ -300,7 +301,7 @@ def _reusable(
             return manifest
     raise OtherOutput(
         f"{out}: holds the output of other inputs or options; "
-        "choose another --out, or pass --overwrite to replace it"
+        "choose another `out`, or set `overwrite` to replace it"
     )
 
 
@@ -393,8 +394,8 @@ def _publish(directory: WorkDirectory, manifest: Manifest, out: Path, options: O
     if share > options.max_reject:
         raise TooManyRejects(
             f"{manifest.num_rejected} of {manifest.records_in} documents were rejected "
-            f"({reasons}), more than --max-reject {options.max_reject:g} allows; see {aside}, "
-            "which a run with a higher --max-reject takes as it is"
+            f"({reasons}), more than `max_reject` {options.max_reject:g} allows; see {aside}, "
+            "which a run with a higher `max_reject` takes as it is"
         )
     raise RunError(
         f"no document was kept of {manifest.records_in} ({reasons or 'the input is empty'}); "
@@ -418,6 +419,6 @@ def finished_output(
     if manifest.key != stage_key(stage.name, stage.version, stage.config, None, inputs):
         raise OtherOutput(
             f"{out}: holds the output of other inputs or options, or a partial one; "
-            "choose another --out, or pass --overwrite to replace it"
+            "choose another `out`, or set `overwrite` to replace it"
         )
     return manifest

@@ -142,7 +142,7 @@ def rapidfuzz() -> ModuleType:
     except ImportError:
         raise ValueError(
             "the AST match needs rapidfuzz, which is not installed: pip install 'megaphi[data]', "
-            "or pass --no-ast"
+            "or turn `ast` off"
         ) from None
 
 

@@ -73,7 +73,7 @@ def choose_bands(threshold: float) -> tuple[int, int]:
         ValueError: the threshold is not between 0.3 and 1.
     """
     if not 0.3 <= threshold <= 1:
-        raise ValueError(f"--near {threshold:g}: must be a similarity from 0.3 to 1")
+        raise ValueError(f"`near` {threshold:g}: must be a similarity from 0.3 to 1")
     for rows in range(BINS // 2, 0, -1):
         bands = BINS // rows
         if 1 - (1 - threshold**rows) ** bands >= _LEAST_RECALL:

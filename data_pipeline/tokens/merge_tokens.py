@@ -7,11 +7,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.records.jsonl import LineWriter
+from data_pipeline.runner.finished import Finished, Show
 from data_pipeline.runner.output import OtherOutput, WorkDirectory
+from data_pipeline.tokens.options import MergeRun
 from data_pipeline.tokens.tokenize_records import documents_path, tokenizer_path
 from megaphi.data.indexed import IndexedDataset, token_file_paths
 from megaphi.data.sidecar import TokenFileInfo, merge_token_files, read_info
 from megaphi.errors import RunError
+
+
+def merge_run(run: MergeRun, show: Show) -> Finished:
+    """Merge as the user's options say; see `merge_tokens`."""
+    out = run.output.out
+    info, has_table, reused = merge_tokens(run.prefixes, out, overwrite=run.output.overwrite)
+    merged = IndexedDataset(out)
+    documents = len(merged.document_index) - 1
+    result = {
+        "out": str(out),
+        "reused": reused,
+        "sources": [str(prefix) for prefix in run.prefixes],
+        "documents": documents,
+        "tokens": merged.num_tokens,
+        "tokenizer": None if info is None else info.tokenizer,
+        "documents_file": has_table,
+    }
+    missing = "" if has_table else " | no documents.jsonl: not every source has one"
+    line = (
+        f"{'reused' if reused else 'merged'} {out}: {documents} documents, "
+        f"{merged.num_tokens} tokens from {len(run.prefixes)} token files{missing}"
+    )
+    return Finished(result, line)
 
 
 def merge_tokens(
@@ -57,7 +82,7 @@ def _merge(
             return info, has_table, True
         raise OtherOutput(
             f"{out}: there is a token file of this name; "
-            "choose another --out, or pass --overwrite to replace it"
+            "choose another `out`, or set `overwrite` to replace it"
         )
     target = documents_path(out)
     joined = target.with_name(target.name + ".tmp")

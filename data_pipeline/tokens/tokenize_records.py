@@ -16,6 +16,7 @@ the run, its checkpoints and their exports.
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,7 +28,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.records.jsonl import LineWriter
 from data_pipeline.records.record import Json, Record, Reject, digest, read_part
-from data_pipeline.runner.executors import Executor, LocalExecutor, run_shards
+from data_pipeline.runner.executors import Executor, LocalExecutor, executor_of, run_shards
+from data_pipeline.runner.finished import Finished, Show, reasons, seconds_and_rate
 from data_pipeline.runner.output import (
     LOCK_NAME,
     Manifest,
@@ -40,6 +42,7 @@ from data_pipeline.runner.output import (
     start_shard,
 )
 from data_pipeline.runner.stage import library_versions
+from data_pipeline.tokens.options import TokenizeRun
 from data_pipeline.tokens.tokenizer import DocumentTokenizer, load_tokenizer
 from megaphi.data.indexed import (
     IndexedDataset,
@@ -52,7 +55,6 @@ from megaphi.durable import sync
 from megaphi.errors import RunError
 
 VERSION = "2"
-DEFAULT_SHUFFLE_SEED = 1234
 BATCH_BYTES = 4 * 2**20
 BATCH_DOCUMENTS = 1024
 PROVENANCE_KEYS = ("id", "source", "license", "repo", "path", "revision", "url")
@@ -98,12 +100,49 @@ def tokenizer_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.tokenizer")
 
 
+def tokenize_run(run: TokenizeRun, show: Show) -> Finished:
+    """Tokenize as the user's options say; see `tokenize_records`."""
+    started, out = time.monotonic(), run.output.out
+    made = tokenize_records(
+        run.records,
+        run.tokenizer,
+        out,
+        shuffle_seed=run.shuffle_seed if run.shuffle else None,
+        executor=executor_of(run.engine),
+        overwrite=run.output.overwrite,
+        on_part=show,
+    )
+    info = made.info
+    result = {
+        "out": str(out),
+        "reused": made.reused,
+        "documents": info.num_documents,
+        "tokens": info.num_tokens,
+        "rejected": made.rejected,
+        "vocab_size": info.vocab_size,
+        "eod_id": info.eod_id,
+        "tokenizer": info.tokenizer,
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "bin_sha256": info.bin_sha256,
+        "idx_sha256": info.idx_sha256,
+        "text_bytes": made.text_bytes,
+        "backend": made.backend,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    line = (
+        f"{'reused' if made.reused else 'tokenized'} {out}: {info.num_documents} documents, "
+        f"{info.num_tokens} tokens ({made.text_bytes / info.num_tokens:.2f} bytes a token) | "
+        f"{reasons(made.rejected)} | {made.backend} | {seconds_and_rate(started, made.text_bytes)}"
+    )
+    return Finished(result, line)
+
+
 def tokenize_records(
     records: Path,
     tokenizer_name: str,
     prefix: Path,
     *,
-    shuffle_seed: int | None = DEFAULT_SHUFFLE_SEED,
+    shuffle_seed: int | None = TokenizeRun.shuffle_seed,
     workers: int = 1,
     executor: Executor | None = None,
     overwrite: bool = False,
@@ -128,9 +167,9 @@ def tokenize_records(
         ShardsLeft: the executor leaves parts to others.
     """
     if workers < 1:
-        raise ValueError(f"--workers {workers}: at least 1 is needed")
+        raise ValueError(f"`workers` {workers}: at least 1 is needed")
     if shuffle_seed is not None and not 0 <= shuffle_seed < 2**32:
-        raise ValueError(f"--shuffle-seed {shuffle_seed}: must be from 0 to 4294967295")
+        raise ValueError(f"`shuffle_seed` {shuffle_seed}: must be from 0 to 4294967295")
     manifest = read_manifest(records)
     tokenizer = load_tokenizer(tokenizer_name)
     backend = f"{tokenizer.backend} ({tokenizer.backend_reason})"
@@ -198,7 +237,7 @@ def _reusable(
             return info
     raise OtherOutput(
         f"{prefix}: there is another token file of this name; "
-        "choose another --out, or pass --overwrite to replace it"
+        "choose another `out`, or set `overwrite` to replace it"
     )
 
 

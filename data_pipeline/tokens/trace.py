@@ -6,7 +6,7 @@ which order the documents lie in `PREFIX.bin`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from data_pipeline.ingest.licenses import (
 )
 from data_pipeline.records.jsonl import read_lines
 from data_pipeline.records.record import Json, Record, read_part
+from data_pipeline.runner.finished import Finished, Show
 from data_pipeline.runner.output import MANIFEST_NAME, check_part, read_manifest
+from data_pipeline.tokens.options import TraceRun
 from data_pipeline.tokens.tokenize_records import PROVENANCE_KEYS, documents_path
 from megaphi.data.indexed import IndexedDataset
 from megaphi.errors import RunError
@@ -42,14 +44,14 @@ class Query:
     licenses: frozenset[str] = frozenset()
 
     @staticmethod
-    def of(repositories: list[str], ids: list[str], licenses: list[str]) -> "Query":
+    def of(repositories: Sequence[str], ids: Sequence[str], licenses: Sequence[str]) -> "Query":
         """A query from what a user types.
 
         Raises:
             ValueError: nothing is asked for, or a repository is not one.
         """
         if not (repositories or ids or licenses):
-            raise ValueError("nothing to look for: give --repo, --id or --license")
+            raise ValueError("nothing to look for: give `repo`, `id` or `license`")
         return Query(
             frozenset(map(repository_pattern, repositories)),
             frozenset(item.lower() for item in ids),
@@ -175,3 +177,43 @@ def _parse_line(line: bytes | None, where: str, index: int) -> Record:
 
 def _provenance(record: Record) -> dict[str, Json]:
     return {key: record[key] for key in PROVENANCE_KEYS if key in record}  # type: ignore[literal-required]
+
+
+def trace_run(run: TraceRun, show: Show) -> Finished:
+    """List what the user asks for, a line a document.
+
+    Raises:
+        FileNotFoundError, ValueError, RunError: see `trace` and `Query.of`.
+    """
+    searched = Searched()
+    documents = list(trace(run.where, Query.of(run.repo, run.id, run.license), searched))
+    tokens = sum(
+        entry["end_token"] - entry["first_token"] for entry in documents if "index" in entry
+    )
+    result = {
+        "where": str(run.where),
+        "searched": searched.documents,
+        "silent": searched.silent,
+        "found": len(documents),
+        "tokens": tokens,
+        "documents": documents,
+    }
+    summary = f"{run.where}: {len(documents)} of {searched.documents} documents"
+    if searched.silent:
+        kinds = (("repository", run.repo), ("licence", run.license))
+        asked = " or ".join(name for name, given in kinds if given)
+        summary += f"; {searched.silent} of them name no {asked}"
+    return Finished(result, "\n".join([*map(_line, documents), summary]))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """One document on one line: its place, then what is known of it."""
+    if "index" in entry:
+        place = f"document {entry['index']} tokens {entry['first_token']}-{entry['end_token']}"
+    else:
+        place = f"{entry['file']}:{entry['line']}"
+    known = [f"{key}={entry[key]}" for key in entry if key not in _PLACE]
+    return " ".join([place, *(text.replace("\n", "\\n") for text in known)])
+
+
+_PLACE = ("index", "first_token", "end_token", "file", "line")

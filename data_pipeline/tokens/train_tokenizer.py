@@ -7,6 +7,7 @@ text, too: no merge is wasted on indentation. The same records give the same byt
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from data_pipeline.records.record import Json, digest, read_part
+from data_pipeline.runner.finished import Finished, Show, seconds_and_rate
 from data_pipeline.runner.output import (
     MANIFEST_NAME,
     Manifest,
@@ -24,6 +26,7 @@ from data_pipeline.runner.output import (
     read_manifest,
     write_json,
 )
+from data_pipeline.tokens.options import TrainTokenizerRun
 from data_pipeline.tokens.tokenizer import (
     END_OF_TEXT,
     SPACE_RUNS,
@@ -36,7 +39,6 @@ from megaphi.errors import RunError
 VERSION = "1"
 NUM_ADDED = 1 + len(SPACE_RUNS) + len(TAB_RUNS)
 MIN_VOCAB_SIZE = 256 + NUM_ADDED
-DEFAULT_MAX_BYTES = 128 * 2**20  # about half a minute on two cores
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,48 @@ class TrainedTokenizer:
     reused: bool
 
 
+def train_tokenizer_run(run: TrainTokenizerRun, show: Show) -> Finished:
+    """Train as the user's options say, and show the bytes read; see `train_tokenizer`."""
+    started, wanted = time.monotonic(), run.vocab_size
+    read = 0
+
+    def on_bytes(size: int) -> None:
+        nonlocal read
+        read += size
+        show(read, None)
+
+    made = train_tokenizer(
+        run.records,
+        run.output.out,
+        wanted,
+        max_bytes=run.max_bytes,
+        overwrite=run.output.overwrite,
+        on_bytes=on_bytes,
+    )
+    result = {
+        "out": str(made.path),
+        "reused": made.reused,
+        "vocab_size": made.vocab_size,
+        "tokenizer_sha256": made.sha256,
+        "texts": made.num_texts,
+        "text_bytes": made.text_bytes,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    fewer = f" (fewer than {wanted}: the corpus is small)" if made.vocab_size < wanted else ""
+    line = (
+        f"{'reused' if made.reused else 'trained'} {made.path}: vocabulary {made.vocab_size}"
+        f"{fewer} from {made.num_texts} texts | sha256 {made.sha256[:12]} | "
+        f"{seconds_and_rate(started, made.text_bytes)}"
+    )
+    return Finished(result, line)
+
+
 def train_tokenizer(
     records: Path,
     out: Path,
     vocab_size: int,
     *,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int = TrainTokenizerRun.max_bytes,
     overwrite: bool = False,
     on_bytes: Callable[[int], None] = lambda size: None,
 ) -> TrainedTokenizer:
@@ -76,9 +114,9 @@ def train_tokenizer(
         RunError: the records are damaged or empty.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"--vocab-size {vocab_size}: at least {MIN_VOCAB_SIZE} (bytes + added)")
+        raise ValueError(f"`vocab_size` {vocab_size}: at least {MIN_VOCAB_SIZE} (bytes + added)")
     if max_bytes < 1:
-        raise ValueError(f"--max-bytes {max_bytes}: must be 1 or more")
+        raise ValueError(f"`max_bytes` {max_bytes}: must be 1 or more")
     check_target(out)
     manifest = read_manifest(records)
     recipe: dict[str, Json] = {
@@ -103,7 +141,7 @@ def train_tokenizer(
 
         tokenizer = DocumentTokenizer(_train(texts(), vocab_size), out.name, END_OF_TEXT)
         if not sampled[0]:
-            raise RunError(f"{records}: the sample holds no text; raise --max-bytes")
+            raise RunError(f"{records}: the sample holds no text; raise `max_bytes`")
         tokenizer.save(work.path)
         made: dict[str, Json] = {
             "vocab_size": tokenizer.vocab_size,
@@ -129,7 +167,7 @@ def _reused(out: Path, recipe: dict[str, Json]) -> TrainedTokenizer:
     if found != recipe or made is None:
         raise OtherOutput(
             f"{out}: holds the output of other inputs or options; "
-            "choose another --out, or pass --overwrite to replace it"
+            "choose another `out`, or set `overwrite` to replace it"
         )
     return _result(out, made, reused=True)
 

@@ -260,7 +260,11 @@ def test_the_solution_is_the_function_that_is_asked_for(tmp_path: Path) -> None:
         ('{"task_id": 1, "text": "x"', {}, "bench.jsonl:1: not a JSON line"),
         ("[1]", {}, "bench.jsonl:1: not an object"),
         ('{"id": 1, "question": "x"}', {}, "no field 'task_id'; there are 'id', 'question'"),
-        ('{"id": 1, "question": 2}', {"id": "id", "text": ("question",)}, "question: is int"),
+        (
+            '{"id": 1, "question": 2}',
+            {"id_field": "id", "text_field": ("question",)},
+            "question: is int",
+        ),
         ("", {}, "no problem"),
     ],
 )
@@ -277,7 +281,7 @@ def test_wrong_benchmarks_are_named(
 def test_own_fields(tmp_path: Path) -> None:
     row = {"id": "q1", "question": "What is it?", "answer": HUMAN[0]["prompt"] + "    pass\n"}
     (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
-    fields = Fields(id="id", text=("question",), code="answer")
+    fields = Fields(id_field="id", text_field=("question",), code_field="answer")
     (problem,) = load_benchmarks([tmp_path / "own.jsonl"], fields)
     assert (problem.task_id, problem.prose) == ("q1", ("What is it?",))
     assert problem.nodes

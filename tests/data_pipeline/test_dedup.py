@@ -104,7 +104,7 @@ def test_bands_find_pairs_at_the_threshold(near: float) -> None:
     bands, rows = choose_bands(near)
     assert bands * rows <= BINS
     assert 1 - (1 - near**rows) ** bands >= 0.99
-    with pytest.raises(ValueError, match="--near"):
+    with pytest.raises(ValueError, match="near"):
         choose_bands(near + 1)
 
 

@@ -31,7 +31,9 @@ from megaphi.errors import RunError
 from tests.data_pipeline import executor_shards
 from tests.data_pipeline.record_files import write_records
 from tools.cli import main
-from tools.data.options import executor as data_engine
+from tools.data.parser import STAGES, parse
+from tools.data.slurm import HERE
+from tools.data.stage_options import argv_of, changed
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -286,7 +288,9 @@ def test_the_printed_script_is_what_would_be_submitted(
 def test_words_that_say_where_to_run_are_not_passed_on() -> None:
     argv = ["dedup", "a", "--engine", "slurm", "--out=b", "--workers=3", "--submit", "--near", ".9"]
     argv += ["--slurm-option=--mem=1", "--slurm-option", "x", "--json", "--wait"]
-    assert data_engine.without_engine(argv) == ["dedup", "a", "--out=b", "--near", ".9"]
+    options, as_json = parse(STAGES["dedup"], argv)
+    assert as_json
+    assert argv_of(changed(options, **HERE)) == ["a", "--near", "0.9", "--out", "b"]
 
 
 # ---- Ray ----------------------------------------------------------------------------------------

@@ -228,5 +228,5 @@ def test_trace_refuses_what_does_not_fit(stack: Path, tmp_path: Path) -> None:
             list(trace(tmp_path / "a", query, Searched()))
     with pytest.raises(FileNotFoundError, match="neither a records directory"):
         list(trace(tmp_path / "none", query, Searched()))
-    with pytest.raises(ValueError, match="--repo, --id or --license"):
+    with pytest.raises(ValueError, match="`repo`, `id` or `license`"):
         Query.of([], [], [])

@@ -123,7 +123,7 @@ def test_contests_become_one_document_a_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", ["stack", "code-contests", "stackoverflow"])
 def test_a_file_of_another_format_is_refused(tmp_path: Path, wanted: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
-    with pytest.raises(ValueError, match=rf"rows\.jsonl: --format {wanted}"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl: `format` {wanted}"):
         ingest(tmp_path / "rows.jsonl", tmp_path / "out", format=wanted)
 
 

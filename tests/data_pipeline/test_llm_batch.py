@@ -367,10 +367,7 @@ def test_a_batch_under_way_is_not_forgotten(
 def test_one_that_never_ends_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_pipeline.llm.batch import run as batch_run
 
-    real = batch_run.Batching.__init__
-    monkeypatch.setattr(
-        batch_run.Batching, "__init__", lambda self, **more: real(self, **more, hours=-0.5)
-    )
+    monkeypatch.setattr(batch_run, "MAX_HOURS", -0.5)
     plan, out = tmp_path / "plan.jsonl", tmp_path / "out"
     make(plan, 3)
     with BatchServer(good) as server:

@@ -104,5 +104,5 @@ def test_no_more_in_flight_than_allowed() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_rates_must_be_sensible(value: float) -> None:
-    with pytest.raises(ValueError, match="--requests-per-minute"):
+    with pytest.raises(ValueError, match="requests_per_minute"):
         Limiter(requests_per_minute=value)

@@ -134,7 +134,7 @@ def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_base_urls_that_are_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="--base-url") as caught:
+    with pytest.raises(ValueError, match="base_url") as caught:
         parse_base_url(url)
     assert "passw0rd" not in str(caught.value)
 

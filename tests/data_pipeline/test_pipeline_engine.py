@@ -80,7 +80,7 @@ def test_a_finished_output_is_reused_only_for_the_same_inputs_and_options(tmp_pa
     assert (out / "part-00000.jsonl").stat().st_mtime_ns == before
     newer = replace(stage(), version="2")
     for other in ((stage(x=1), work()), (newer, work()), (stage(), work(label="b"))):
-        with pytest.raises(ValueError, match=r"other inputs or options.*--overwrite"):
+        with pytest.raises(ValueError, match=r"other inputs or options.*overwrite"):
             run_stage(*other, out, Options())
     replaced, reused = run_stage(stage(x=1), work(8), out, Options(overwrite=True))
     assert not reused
@@ -151,7 +151,7 @@ def test_compressed_parts_hold_the_same_records(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [{"workers": 0}, {"max_reject": 1.5}, {"max_reject": -0.1}])
 def test_options_that_make_no_sense(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="--"):
+    with pytest.raises(ValueError, match="workers|max_reject"):
         Options(**bad)
 
 

@@ -178,7 +178,7 @@ def test_a_utf16_jsonl_file_is_not_guessed_at(tmp_path: Path) -> None:
 def test_a_missing_text_field_names_the_fields_there_are(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"body": "x", "title": "y"}\n{"text": "z"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl:byte 0.*'body', 'title'.*--text-field"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:byte 0.*'body', 'title'.*text_field"):
         plan_ingest([str(path)], IngestOptions())
     assert run([path], tmp_path / "out", text_field="body").rejected == {"missing_field": 1}
 

@@ -189,7 +189,7 @@ def test_a_finished_token_file_is_reused_or_defended(tmp_path: Path, records: Pa
     assert again.reused
     assert again.info == first.info
     assert (tmp_path / "t.bin").stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match=r"another token file.*--overwrite"):
+    with pytest.raises(ValueError, match=r"another token file.*overwrite"):
         tokenize_records(records, "codegen", prefix, shuffle_seed=7)
     assert (
         tokenize_records(records, "codegen", prefix, shuffle_seed=7, overwrite=True).reused is False
@@ -216,7 +216,7 @@ def test_merging_joins_tokens_and_provenance(tmp_path: Path, records: Path) -> N
     assert [row["index"] for row in rows] == list(range(len(TEXTS) + 2))
     sources = [*table(tmp_path / "a"), *table(tmp_path / "b")]
     assert [row["id"] for row in rows] == [row["id"] for row in sources]
-    with pytest.raises(ValueError, match="--overwrite"):
+    with pytest.raises(ValueError, match="overwrite"):
         merge_tokens([tmp_path / "a"], tmp_path / "m")
     documents_path(tmp_path / "b").unlink()
     assert not merge_tokens([tmp_path / "a", tmp_path / "b"], tmp_path / "n")[1]
@@ -260,7 +260,7 @@ def test_training_a_tokenizer_is_deterministic_and_laid_out_as_codegen(
     vocabulary = json.loads((tmp_path / "one" / "tokenizer.json").read_text())["model"]["vocab"]
     assert not any("ĠĠ" in token or "ĉĉ" in token for token in vocabulary)
     assert train_tokenizer(records, tmp_path / "one", 340).reused
-    with pytest.raises(ValueError, match="--overwrite"):
+    with pytest.raises(ValueError, match="overwrite"):
         train_tokenizer(records, tmp_path / "one", 341)
     with pytest.raises(ValueError, match=f"at least {MIN_VOCAB_SIZE}"):
         train_tokenizer(records, tmp_path / "three", MIN_VOCAB_SIZE - 1)

@@ -1,6 +1,5 @@
 """`megaphi data run`: recipes checked before anything runs, reuse, rebuilds, kills, estimates."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -15,12 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from data_pipeline.dedup import stage as dedup_stage
 from megaphi.data.indexed import IndexedDataset
 from tools.cli import main
-from tools.data.parser import make_parser
 from tools.data.run.estimate import MB_PER_CPU_SECOND
 from tools.data.run.recipe import read_recipe
-from tools.data.verbs import dedup as data_dedup
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +105,7 @@ def edit(recipe: Path, stage: str, **values: Any) -> None:
             "stages: {a: {verb: dedup, records: [x], overwrite: true}}",
             "given by `megaphi data run`",
         ),
-        ("stages: {a: {verb: dedup, records: [x], exact_only: 3}}", "exact-only is true or false"),
+        ("stages: {a: {verb: dedup, records: [x], exact_only: 3}}", "exact_only is true or false"),
         ("stages: {a: {verb: ingest, sources: [x], limit: [1, 2]}}", "limit takes one value"),
         ("stages: {a: {verb: ingest, sources: ['${cod}']}}", "unknown name cod; the nearest"),
         ("stages: {a: {verb: ingest, sources: [x], out: ../b}}", "must lie within work"),
@@ -118,7 +116,10 @@ def edit(recipe: Path, stage: str, **values: Any) -> None:
         ),
         ("stages: {code: {verb: ingest, sources: [x]}}", "code is both a variable and a stage"),
         ("stages: {a: {verb: ingest, sources: [x], expect: {gigabyte: 1}}}", "is gigabytes"),
-        ("stages: {a: {verb: filter, records: [x], filter: y}}", "one of the arguments --thresh"),
+        (
+            "stages: {a: {verb: filter, records: [x], filter: y}}",
+            "one of threshold, keep_tokens and ",
+        ),
         ("stages: {}\nstage: 3", "unknown section stage; the nearest known section is stages"),
         ("stages: [a]", "a corpus recipe is a mapping"),
         ("stages: {a: {verb: run, recipe: x}}", "unknown verb run"),
@@ -427,19 +428,19 @@ def test_two_runs_of_other_stages_both_remember_what_they_made(
 ) -> None:
     """`--only` lets two processes work on a recipe; the later end must not forget the other's."""
     assert run(recipe, "--only", "raw") == 0
-    verb = data_dedup.run
+    verb = dedup_stage.dedup_run
 
-    def slow(arguments: argparse.Namespace) -> Any:
+    def slow(*arguments: Any) -> Any:
         assert run(recipe, "--only", "second", "--set", "second.tokenizer=codegen") == 0
-        return verb(arguments)
+        return verb(*arguments)
 
-    monkeypatch.setattr(data_dedup, "run", slow)
+    monkeypatch.setattr(dedup_stage, "dedup_run", slow)
     assert run(recipe, "--only", "unique") == 0
     made = json.loads((tmp_path / "work" / "run.json").read_text())["made"]
     assert set(made) == {"raw", "second", "unique"}
 
 
 def test_reading_a_recipe_does_not_need_its_work_directory(recipe: Path) -> None:
-    calls = read_recipe(recipe, make_parser()[1].choices).stages
+    calls = read_recipe(recipe).stages
     assert [call.name for call in calls][:2] == ["raw", "unique"]
     assert calls[2].inputs == ("unique", "raw")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.dedup import stage as dedup_stage
 from tests.data_pipeline.record_files import read, write_records
 from tools import cli
-from tools.data.options import stage as data_stage
-from tools.data.parser import make_parser
-from tools.data.verbs import dedup as data_dedup
+from tools.data import progress as data_progress
+from tools.data.parser import STAGES, make_parser
 
 
 def call(*arguments: object) -> int:
@@ -143,12 +143,14 @@ def test_what_was_set_aside_is_taken_when_more_rejects_are_allowed(
 
 
 def test_help_says_only_defaults_that_are_values() -> None:
-    parsers = make_parser()[1].choices
-    for name, parser in parsers.items():
-        text = " ".join(parser.format_help().split())
+    helps = {
+        name: " ".join(make_parser(name, verb, with_help=True).format_help().split())
+        for name, verb in STAGES.items()
+    }
+    for name, text in helps.items():
         for nothing in ("(default: None)", "(default: False)", "(default: [])", "(default: )"):
             assert nothing not in text, name
-    assert "(default: 0.85)" in " ".join(parsers["dedup"].format_help().split())
+    assert "(default: 0.85)" in helps["dedup"]
 
 
 # ---- what is said -------------------------------------------------------------------------------
@@ -159,10 +161,10 @@ def test_a_full_disk_is_named_with_what_to_do(
 ) -> None:
     records, out = some_records(tmp_path), tmp_path / "out"
 
-    def full(arguments: object) -> None:
+    def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(data_dedup, "run", full)
+    monkeypatch.setattr(dedup_stage, "dedup_run", full)
     assert call("dedup", records, "--out", out) == 1
     error = capsys.readouterr().err
     assert error == (
@@ -179,7 +181,7 @@ def test_progress_reaches_a_log(
     quick = ("dedup", records, "--workers", 1, "--out")
     assert call(*quick, tmp_path / "a") == 0
     assert capsys.readouterr().err == "", "a short stage says nothing"
-    monkeypatch.setattr(data_stage, "LOG_SECONDS", 0)
+    monkeypatch.setattr(data_progress, "LOG_SECONDS", 0)
     assert call(*quick, tmp_path / "b") == 0
     lines = capsys.readouterr().err.splitlines()
     # both passes over the parts
@@ -224,7 +226,7 @@ def test_a_server_elsewhere_is_never_asked_without_a_cap(
     generate = ("generate", plan, "--out", out, "--model", "m", "--yes", "--price-in", 1)
     server = ("--price-out", 1, "--base-url", "https://server.invalid/v1", "--attempts", 1)
     assert call(*generate, *server) == 2
-    assert "server.invalid: is asked only with --max-cost USD" in capsys.readouterr().err
+    assert "server.invalid: is asked only with a --max-cost" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
     assert call(*generate, *server, "--estimate") == 0
     # with a cap it is asked: it does not exist

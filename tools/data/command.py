@@ -21,9 +21,8 @@ JSON object instead. A finished output of the same inputs and options is reused.
 import json
 from collections.abc import Sequence
 
-from tools.data.options.executor import run_verb
-from tools.data.parser import make_parser
-from tools.data.run import command as data_run
+from tools.data.parser import find_verb, parse
+from tools.data.stage_options import as_flags, translate, translated
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,9 +32,12 @@ def main(argv: Sequence[str]) -> int:
         ValueError: the call is wrong.
         RunError: the data are broken, or too many documents were refused.
     """
-    parser, verbs = make_parser()
-    data_run.add_parser(verbs)
-    arguments = parser.parse_args(list(argv))
-    result, line = run_verb(arguments, argv)
-    print(json.dumps(result) if arguments.json else line)
+    verb = find_verb(argv)
+    options, as_json = parse(verb, argv)
+    from tools.data.execution import run_verb
+
+    with translated(verb.stage, as_flags):
+        done = run_verb(argv[0], verb, options)
+    result = {"verb": argv[0], **done.result}
+    print(json.dumps(result) if as_json else translate(done.line, verb.stage, as_flags))
     return 0

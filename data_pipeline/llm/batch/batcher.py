@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from data_pipeline.llm.ask import BILLED_ATTEMPTS, OUTAGE, PARAMETERS, Failure, Outcome, Traffic
 from data_pipeline.llm.batch.client import ENDPOINT
-from data_pipeline.llm.batch.run import TOO_MUCH, BatchRunner
+from data_pipeline.llm.batch.run import MAX_BYTES, TOO_MUCH, BatchRunner
 from data_pipeline.llm.batch_journal import Member
 from data_pipeline.llm.completion import Request
 from data_pipeline.llm.connection import CallError
@@ -60,8 +60,7 @@ class Batcher:
         wave: list[Request] = []
         number = fresh = size = 0
         most, most_bytes = (
-            limit * self._batching.batches
-            for limit in (self._batching.max_requests, self._batching.max_bytes)
+            limit * self._batching.batches for limit in (self._batching.batch_requests, MAX_BYTES)
         )
         stream = iter(requests)
         while True:
@@ -125,7 +124,7 @@ class Batcher:
                 billed[key] += error.billed
                 if (
                     not error.retry
-                    or tries[key] >= self._batching.rounds
+                    or tries[key] >= self._batching.batch_rounds
                     or billed[key] >= BILLED_ATTEMPTS
                 ):
                     failures[key] = Failure(error.reason, str(error))
@@ -152,9 +151,9 @@ class Batcher:
         if self._refusals >= REFUSALS:
             raise RunError(
                 f"{self._base.url}: batches were refused {self._refusals} times for their "
-                "number of tokens; lower --batch-requests or --batches and run again"
+                "number of tokens; lower `batch_requests` or `batches` and run again"
             )
-        wait = min(self._batching.poll * 2.0**self._refusals, LONGEST_WAIT)
+        wait = min(self._batching.poll_interval * 2.0**self._refusals, LONGEST_WAIT)
         await asyncio.sleep(wait * random.uniform(1, 1.1))
 
     def _most(self, request: Request) -> Member:
@@ -170,8 +169,8 @@ class Batcher:
             nano += self._most(request).nano
             if not self._ledger.has_room(nano):
                 break
-            full = not files or len(files[-1]) >= self._batching.max_requests
-            if full or size + line > self._batching.max_bytes:
+            full = not files or len(files[-1]) >= self._batching.batch_requests
+            if full or size + line > MAX_BYTES:
                 if len(files) == self._batching.batches:
                     break
                 files.append([])

@@ -9,56 +9,24 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from data_pipeline.llm.ask import Policy, Traffic, overcharged
+from data_pipeline.llm.ask import Traffic, overcharged, wait_before_retry
 from data_pipeline.llm.batch.client import ENDED, BatchClient, BatchState
 from data_pipeline.llm.batch.rows import RowReader
 from data_pipeline.llm.batch_journal import Member, OpenBatch
 from data_pipeline.llm.completion import AnswerReader, Bounds
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Ledger
+from data_pipeline.llm.options import Batching, Policy
 from data_pipeline.records.record import digest
 from megaphi.errors import RunError
 
-MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # of one file; OpenAI's limits
+MAX_BYTES = 200_000_000  # of one file; OpenAI's limit
+MAX_HOURS = 26.0  # after which a batch that does not end is cancelled
 _ROW_BYTES, _TOKEN_BYTES = 16_384, 64  # of an answer's row: room for all, and a token of content
 TOO_MUCH = ("token_limit_exceeded", "rate_limit_exceeded")  # a refusal that passes
-_KEPT = "the batch stays in the ledger: run again to go on, or give it up with --abandon-batches"
+_KEPT = "the batch stays in the ledger: run again to go on, or give it up with `abandon_batches`"
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batching:
-    """How requests are put into batches; nothing here changes an answer.
-
-    Attributes:
-        max_requests: of one batch.
-        max_bytes: of one batch's file.
-        batches: at a time.
-        rounds: how often a request is put into a batch.
-        poll: seconds between two looks at a batch.
-        settle: seconds after which a batch that was started is in the server's list.
-        hours: after which a batch that does not end is cancelled.
-    """
-
-    max_requests: int = MAX_REQUESTS
-    max_bytes: int = MAX_BYTES
-    batches: int = 4
-    rounds: int = 4
-    poll: float = 60.0
-    settle: float = 60.0
-    hours: float = 26.0
-
-    def __post_init__(self) -> None:
-        for name, value, least, most in (
-            ("--batch-requests", self.max_requests, 1, MAX_REQUESTS),
-            ("--batches", self.batches, 1, 1000),
-            ("--batch-rounds", self.rounds, 1, 100),
-            ("--poll-interval", self.poll, 0.01, 3600),
-            ("--batch-settle", self.settle, 0, 3600),
-        ):
-            if not least <= value <= most:
-                raise ValueError(f"{name} {value:g}: must be from {least:g} to {most:g}")
 
 
 @dataclass
@@ -159,10 +127,10 @@ class BatchRunner:
         """Find a batch by its tag; None once it would be in the server's list and is not."""
         while True:
             state = await self._insist("find", lambda: self.client.find(batch.tag, batch.time))
-            left = batch.time + self.batching.settle - time.time()
+            left = batch.time + self.batching.batch_settle - time.time()
             if state is not None or left <= 0:
                 return state
-            await asyncio.sleep(min(left, max(self.batching.poll, 0.05)))
+            await asyncio.sleep(min(left, max(self.batching.poll_interval, 0.05)))
 
     async def _finish(self, batch: OpenBatch, identifier: str) -> dict[str, CallError]:
         """Wait for a batch, and merge its rows; returns what was not answered, and why."""
@@ -247,15 +215,15 @@ class BatchRunner:
             if state.status in ENDED:
                 return state
             hours = (time.time() - batch.time) / 3600
-            if hours > self.batching.hours + 1:
+            if hours > MAX_HOURS + 1:
                 raise RunError(
                     f"{self.client.base.url}: batch {identifier} is {state.status} after "
                     f"{hours:.0f} hours and cannot be cancelled; {_KEPT}"
                 )
-            if hours > self.batching.hours and not cancelled:
+            if hours > MAX_HOURS and not cancelled:
                 cancelled = True
                 await self._insist("cancel", lambda: self.client.cancel(identifier))
-            await asyncio.sleep(self.batching.poll * random.uniform(1, 1.05))
+            await asyncio.sleep(self.batching.poll_interval * random.uniform(1, 1.05))
 
     async def _insist(self, what: str, call: Callable[[], Awaitable[Result]]) -> Result:
         """Make a call, again and again as the policy allows.
@@ -272,7 +240,7 @@ class BatchRunner:
                     raise RunError(
                         f"{self.client.base.url}: cannot {what} a batch ({error}); {_KEPT}"
                     ) from None
-                await asyncio.sleep(self.policy.wait(attempt, error))
+                await asyncio.sleep(wait_before_retry(self.policy, attempt, error))
         raise AssertionError("unreachable")
 
     def _note(self, tag: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""`megaphi data run`: the stages of a corpus recipe, in order, as the commands that they are.
+"""`megaphi data run`: the stages of a corpus recipe, in order.
 
 A finished stage is reused and a killed one goes on, as in each verb. What the recipe made before
 and would now make otherwise, because a stage before it or an option changed, is made anew;
@@ -6,19 +6,24 @@ and would now make otherwise, because a stage before it or an option changed, is
 name are never replaced.
 """
 
-import argparse
 import json
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.data.options.executor import ENGINES, HelpFormatter, run_verb
+from data_pipeline.runner.finished import Finished, Show
+from data_pipeline.runner.options import Engine
+from data_pipeline.runner.output import OtherOutput, write_json
+from tools.data.execution import run_verb
+from tools.data.parser import STAGES
 from tools.data.run.estimate import estimate
+from tools.data.run.options import RecipeRun
 from tools.data.run.recipe import CorpusRecipe, StageCall, read_recipe, unknown
+from tools.data.stage_options import argv_of, as_keys, changed, translate, translated, values_of
 
 STATE_NAME = "run.json"
 # Paths that a stage makes: they need not be there when it begins.
@@ -26,73 +31,24 @@ _MADE = ("out", "ledger")
 _TABLE = "{:<{width}}  {:<15}  {:>9}  {:>12}  {:>8}  {:>8}  {}"
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the verb to those of the stages, which are there already and which it runs."""
-    stages: dict[str, argparse.ArgumentParser] = dict(subparsers.choices)
-    text = "a recipe of stages -> a corpus: reuses what is done, goes on where it was killed"
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "run",
-        help=text,
-        description=text,
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="instead of the recipe's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="STAGE.KEY=VALUE",
-        help="instead of the recipe's; variables.NAME=VALUE for a variable; may be repeated",
-    )
-    some = parser.add_mutually_exclusive_group()
-    some.add_argument("--only", metavar="STAGE", help="run this stage alone")
-    some.add_argument(
-        "--from", dest="first", metavar="STAGE", help="run this stage and those that need it"
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="print the commands of the stages")
-    what.add_argument(
-        "--estimate", action="store_true", help="hours and dollars from the declared sizes"
-    )
-    parser.add_argument("--engine", choices=ENGINES, default="local", help="where shards run")
-    parser.add_argument("--ray-address", metavar="HOST:PORT", help="of the Ray cluster")
-    parser.add_argument(
-        "--slurm-option",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="of sbatch, such as --slurm-option=--partition=cpu; jobs are submitted and waited for",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="shards at a time, see the stages")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=partial(run, stages))
-
-
-def run(
-    verbs: Mapping[str, argparse.ArgumentParser], arguments: argparse.Namespace
-) -> tuple[dict[str, Any], str]:
-    """Run the verb; returns the JSON object and the table to print.
+def run(run: RecipeRun, show: Show) -> Finished:
+    """Run the stages of a recipe.
 
     Raises:
         ValueError, FileNotFoundError: the recipe is wrong.
-        RunError: see the verbs of the stages.
+        RunError: see the stages.
     """
-    recipe = read_recipe(arguments.recipe, verbs, settings=arguments.set, work=arguments.work)
-    if arguments.estimate:
-        return estimate(recipe, verbs, arguments.workers)
-    stages = _selected(recipe, arguments.only, arguments.first)
-    commands = {
-        call.name: [*call.argv, *_engine_words(call, verbs[call.verb], arguments)]
-        for call in stages
-    }
-    if arguments.dry_run:
-        lines = [f"megaphi data {shlex.join(words)}" for words in commands.values()]
-        return {"verb": "run", "commands": lines}, "\n".join(lines)
+    recipe = read_recipe(run.recipe, settings=run.set, work=run.work)
+    if run.estimate:
+        return estimate(recipe, run.engine.workers)
+    stages = [_placed(call, run) for call in _selected(recipe, run.only, run.from_)]
+    if run.dry_run:
+        words = [["megaphi", "data", call.verb, *argv_of(call.options)] for call in stages]
+        lines = [shlex.join(command) for command in words]
+        return Finished({"commands": lines}, "\n".join(lines))
     for call in stages:
-        _check_files(recipe, call, verbs[call.verb])
-    return _Runner(recipe, verbs, quiet=arguments.json).run(stages, commands)
+        _check_files(recipe, call)
+    return _Runner(recipe, quiet=run.json).run(stages)
 
 
 def _selected(recipe: CorpusRecipe, only: str | None, first: str | None) -> list[StageCall]:
@@ -112,66 +68,53 @@ def _selected(recipe: CorpusRecipe, only: str | None, first: str | None) -> list
     return [call for call in recipe.stages if call.name in chosen]
 
 
-def _engine_words(
-    call: StageCall, parser: argparse.ArgumentParser, arguments: argparse.Namespace
-) -> list[str]:
-    """The options by which a stage runs where the user wants."""
-    if not any(action.dest == "engine" for action in parser._actions):
-        return []
-    words: list[str] = []
-    if arguments.workers is not None and "--workers" not in call.argv:
-        words += ["--workers", str(arguments.workers)]
-    if arguments.engine != "local":
-        words += ["--engine", arguments.engine]
-    if arguments.ray_address is not None:
-        words += ["--ray-address", arguments.ray_address]
-    words += [f"--slurm-option={option}" for option in arguments.slurm_option]
-    return words + (["--submit", "--wait"] if arguments.engine == "slurm" else [])
+def _placed(call: StageCall, run: RecipeRun) -> StageCall:
+    """The stage where the user wants it to run."""
+    own = getattr(call.options, "engine", None)
+    if not isinstance(own, Engine):
+        return call
+    engine = {name: value for name, value in vars(run.engine).items() if name != "workers"}
+    if run.engine.workers is not None and own.workers is None:
+        engine["workers"] = run.engine.workers
+    is_slurm = run.engine.engine == "slurm"
+    return replace(call, options=changed(call.options, submit=is_slurm, wait=is_slurm, **engine))
 
 
-def _check_files(recipe: CorpusRecipe, call: StageCall, parser: argparse.ArgumentParser) -> None:
+def _check_files(recipe: CorpusRecipe, call: StageCall) -> None:
     """Check that the files which a stage's options name are there, before the first stage runs.
 
     Raises:
         FileNotFoundError: one is not.
     """
-    parsed = parser.parse_args(call.argv[1:])
     outputs = [other.out for other in recipe.stages]
-    for action in parser._actions:
-        value = getattr(parsed, action.dest, None)
-        if action.type is not Path or action.dest in _MADE or value is None:
-            continue
-        for path in value if isinstance(value, list) else [value]:
-            if path not in outputs and not path.exists():
-                raise FileNotFoundError(
-                    f"{recipe.path}: stage {call.name}: {action.dest.replace('_', '-')}: {path}: "
-                    "no such file, and no stage makes it"
-                )
+    for name, value in values_of(call.options).items():
+        for path in value if isinstance(value, tuple) else [value]:
+            if name in _MADE or not isinstance(path, Path) or path in outputs or path.exists():
+                continue
+            raise FileNotFoundError(
+                f"{recipe.path}: stage {call.name}: {name}: {path}: no such file, and no stage "
+                "makes it"
+            )
 
 
 class _Runner:
     """Runs stages and keeps `run.json`."""
 
-    def __init__(
-        self, recipe: CorpusRecipe, verbs: Mapping[str, argparse.ArgumentParser], quiet: bool
-    ) -> None:
+    def __init__(self, recipe: CorpusRecipe, quiet: bool) -> None:
         self._recipe = recipe
-        self._verbs = verbs
         self._quiet = quiet
         self._path = recipe.work / STATE_NAME
         self._rows: list[dict[str, Any]] = []
         self._made = self._read_made()
 
-    def run(
-        self, stages: Sequence[StageCall], commands: Mapping[str, list[str]]
-    ) -> tuple[dict[str, Any], str]:
-        """Run stages; returns the JSON object and the summary."""
+    def run(self, stages: Sequence[StageCall]) -> Finished:
+        """Run stages; says what became of each."""
         self._recipe.work.mkdir(parents=True, exist_ok=True)
         for number, call in enumerate(stages, start=1):
             self._say(f"[{number}/{len(stages)}] {call.name}: ", end="")
             started = time.monotonic()
             try:
-                result, line = self._stage(call, commands[call.name])
+                done = self._stage(call)
             except BaseException:
                 self._say("failed")
                 self._row(call, {}, "failed", started)
@@ -181,11 +124,12 @@ class _Runner:
                     file=sys.stderr,
                 )
                 raise
-            self._say(line)
+            self._say(translate(done.line, type(call.options), as_keys))
+            result = {"verb": call.verb, **done.result}
             self._row(call, result, "reused" if result.get("reused") else "made", started)
             self._save()
-        result = {"verb": "run", "work": str(self._recipe.work), "stages": self._rows}
-        return result, "\n" + summary(self._rows)
+        result = {"work": str(self._recipe.work), "stages": self._rows}
+        return Finished(result, "\n" + summary(self._rows))
 
     def _read_made(self) -> dict[str, str]:
         """The outputs that are the recipe's, by stage.
@@ -201,24 +145,22 @@ class _Runner:
             raise ValueError(f"{self._path}: not the state of a run; move it away") from None
         return made
 
-    def _stage(self, call: StageCall, words: list[str]) -> tuple[dict[str, Any], str]:
-        """Run a stage, again with `--overwrite` where what is there is ours and out of date."""
-        from data_pipeline.runner.output import OtherOutput
-
-        parser = self._verbs[call.verb]
+    def _stage(self, call: StageCall) -> Finished:
+        """Run a stage; what is there is replaced where it is ours and out of date."""
+        verb = STAGES[call.verb]
         ours = self._made.get(call.name) == self._key(call)
         if not ours and not _is_taken(call.out):
             self._made[call.name] = self._key(call)
             self._save()
             ours = True
-        try:
-            return run_verb(parser.parse_args(words[1:]), words)
-        except OtherOutput:
-            if not ours:
-                raise
-            self._say("inputs or options changed, made anew; ", end="")
-            again = [*words, "--overwrite"]
-            return run_verb(parser.parse_args(again[1:]), again)
+        with translated(verb.stage, as_keys):
+            try:
+                return run_verb(call.verb, verb, call.options)
+            except OtherOutput:
+                if not ours:
+                    raise
+                self._say("inputs or options changed, made anew; ", end="")
+                return run_verb(call.verb, verb, changed(call.options, overwrite=True))
 
     def _key(self, call: StageCall) -> str:
         return str(call.out.relative_to(self._recipe.work))
@@ -234,8 +176,6 @@ class _Runner:
         )
 
     def _save(self) -> None:
-        from data_pipeline.runner.output import write_json
-
         # Another run, with --only, may have made other stages meanwhile.
         self._made = self._read_made() | self._made
         state = {"recipe": str(self._recipe.path), "made": self._made, "stages": self._rows}

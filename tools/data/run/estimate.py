@@ -5,13 +5,14 @@ with the file in `docs/benchmarks` that says where and how. Prices are the user'
 hour in the recipe, of tokens among the options of the stages that ask a language model.
 """
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.ingest.sources import find_source
-from tools.data.options.executor import cores
+from data_pipeline.runner.executors import cores
+from data_pipeline.runner.finished import Finished
 from tools.data.run.recipe import CorpusRecipe, StageCall
+from tools.data.stage_options import values_of
 
 _STAGES = "docs/benchmarks/data-stages-2core.txt"
 # MB of text read a second of one processor, and where it was measured.
@@ -25,6 +26,7 @@ MB_PER_CPU_SECOND: dict[str, tuple[float, str]] = {
     "train-tokenizer": (2.0, _STAGES),
     "tokenize": (16.0, "docs/benchmarks/data-2core.txt"),
 }
+_ASKING = ("annotate", "generate")  # a language model
 # Stages that only read counts, or copy.
 _CHEAP = ("plan-generation", "blend", "merge")
 # Stages whose output is no text that the stages after them read.
@@ -33,35 +35,31 @@ BYTES_PER_TOKEN = 3.6  # of Python by the CodeGen tokenizer, where a stage decla
 _TABLE = "{:<{width}}  {:<15}  {:>9}  {:>10}  {:>10}  {:>10}  {}"
 
 
-def estimate(
-    recipe: CorpusRecipe, verbs: Mapping[str, argparse.ArgumentParser], workers: int | None
-) -> tuple[dict[str, Any], str]:
+def estimate(recipe: CorpusRecipe, workers: int | None) -> Finished:
     """Estimate a recipe.
 
     Args:
         recipe: with `expect` at its stages.
-        verbs: the parsers of its verbs.
         workers: processors; None for those of this machine.
 
     Returns:
-        The JSON object and the table to print. What cannot be known is None, `n/a`: no size
+        A row per stage. What cannot be known is None, `n/a`: no size
         declared, no rate measured, no price given.
     """
     workers = workers or cores()
     sizes: dict[str, float | None] = {}
     rows: list[dict[str, Any]] = []
     for call in recipe.stages:
-        arguments = verbs[call.verb].parse_args(call.argv[1:])
-        sizes[call.name] = _size(call, sizes, arguments)
-        if "model" in vars(arguments) and call.verb in ("annotate", "generate"):
-            rows.append(_asked(call, arguments))
+        sizes[call.name] = _size(call, sizes)
+        if call.verb in _ASKING:
+            rows.append(_asked(call))
         else:
             rows.append(_computed(recipe, call, sizes, workers))
     total = _total(rows)
     if "cpu_hour" not in recipe.prices:
         total["why"] += "; give `prices: {cpu_hour: DOLLARS}` in the recipe"
     result = {"verb": "estimate", "workers": workers, "stages": rows, "total": total}
-    return result, _table([*rows, total], workers)
+    return Finished(result, _table([*rows, total], workers))
 
 
 def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for key, name in (("cpu_hours", "CPU-hours"), ("hours", "hours"), ("dollars", "dollars")):
         total[key] = sum(row[key] for row in rows if row[key] is not None) or None
         # A stage that waits for a server needs no processor to speak of.
-        asking = ("annotate", "generate") if key == "cpu_hours" else ()
+        asking = _ASKING if key == "cpu_hours" else ()
         missing = sum(row[key] is None and row["verb"] not in asking for row in rows)
         if missing:
             lacking.append(f"{name} of {missing}")
@@ -81,9 +79,7 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _size(
-    call: StageCall, sizes: Mapping[str, float | None], arguments: argparse.Namespace
-) -> float | None:
+def _size(call: StageCall, sizes: Mapping[str, float | None]) -> float | None:
     """Gigabytes of text that a stage gives: declared, or those of what it reads."""
     if call.verb in _NO_TEXT:
         return 0.0
@@ -91,13 +87,14 @@ def _size(
         return call.expect["gigabytes"]
     if "tokens" in call.expect:
         return call.expect["tokens"] * BYTES_PER_TOKEN / 1e9
-    return _source_size(arguments) if call.verb == "ingest" else _read(call, sizes)
+    return _source_size(call) if call.verb == "ingest" else _read(call, sizes)
 
 
-def _source_size(arguments: argparse.Namespace) -> float | None:
+def _source_size(call: StageCall) -> float | None:
     """Gigabytes of the sources of an ingest stage; None where a file is not here, or compressed."""
     try:
-        sources = [find_source(word, word, arguments.exclude) for word in arguments.sources]
+        run = call.options
+        sources = [find_source(word, word, run.options.exclude) for word in run.sources]
     except (ValueError, FileNotFoundError):
         return None
     files = [file for source in sources for file in source.files if not file.refused]
@@ -129,7 +126,7 @@ def _computed(
     models = [
         other.name
         for other in [call, *(each for each in recipe.stages if each.name in call.inputs)]
-        if "--features" in other.argv and "hashed" not in other.argv
+        if values_of(other.options).get("features", "hashed") != "hashed"
     ]
     if models:
         return _row(call, gigabytes=gigabytes, why="depends on the embedding model and its GPU")
@@ -150,16 +147,17 @@ def _computed(
     )
 
 
-def _asked(call: StageCall, arguments: argparse.Namespace) -> dict[str, Any]:
+def _asked(call: StageCall) -> dict[str, Any]:
     """A stage that asks a language model."""
     prompt, completion = (call.expect.get(f"{kind}_tokens") for kind in ("prompt", "completion"))
     if prompt is None or completion is None:
         return _row(call, why="declare expect: {prompt_tokens: N, completion_tokens: N}")
     dollars, hours = None, None
-    if arguments.price_in is not None and arguments.price_out is not None:
-        dollars = (prompt * arguments.price_in + completion * arguments.price_out) / 1e6
-    if arguments.tokens_per_minute:
-        hours = (prompt + completion) / arguments.tokens_per_minute / 60
+    money, speed = call.options.asking.money, call.options.asking.sending.tokens_per_minute
+    if money.price_in is not None and money.price_out is not None:
+        dollars = (prompt * money.price_in + completion * money.price_out) / 1e6
+    if speed:
+        hours = (prompt + completion) / speed / 60
     why = f"{prompt / 1e6:g} M prompt, {completion / 1e6:g} M completion tokens"
     if dollars is None:
         why += "; give price_in and price_out"

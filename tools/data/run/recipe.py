@@ -1,4 +1,4 @@
-"""Corpus recipes: a YAML file of stages, turned into the commands that make a corpus.
+"""Corpus recipes: a YAML file of stages, turned into the options of each.
 
     work: DIR                        outputs lie here, named after their stages
     variables: {NAME: VALUE}         for ${NAME} in options
@@ -9,22 +9,24 @@
         inputs: [NAME, ...]          stages whose outputs are the last positional arguments
         out: PATH                    within work, instead of NAME
         expect: {gigabytes: N, ...}  for --estimate
-        OPTION: VALUE                of the verb by its long name; true for a flag, a list for more
+        OPTION: VALUE                of the verb, with _ or -; true for a flag, a list for several
 
 `${NAME}` of a stage stands for its output, and makes that stage an input. Everything is checked
-before anything runs, by the parser that reads the commands.
+before anything runs, by the dataclass of the stage.
 """
 
-import argparse
 import difflib
 import graphlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tools.data.parser import STAGES
+from tools.data.stage_options import Option, as_keys, options_of, read_options, translated
 
 SECTIONS = ("work", "variables", "prices", "stages")
 # What stands beside the options of a verb.
@@ -45,7 +47,7 @@ class StageCall:
         verb: of `megaphi data`.
         inputs: stages that come before it.
         out: what it makes.
-        argv: its command, without `megaphi data`.
+        options: of the stage, an object of its dataclass.
         expect: declared sizes of its output.
     """
 
@@ -53,7 +55,7 @@ class StageCall:
     verb: str
     inputs: tuple[str, ...]
     out: Path
-    argv: tuple[str, ...]
+    options: Any
     expect: dict[str, float]
 
 
@@ -91,7 +93,6 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> str:
 
 def read_recipe(
     path: Path,
-    verbs: Mapping[str, argparse.ArgumentParser],
     *,
     settings: Sequence[str] = (),
     work: Path | None = None,
@@ -100,7 +101,6 @@ def read_recipe(
 
     Args:
         path: the YAML file.
-        verbs: the parser of each verb of `megaphi data` that can be a stage.
         settings: `stage.key=value` or `variables.name=value`, which replace what the file says.
         work: instead of the recipe's.
 
@@ -116,15 +116,14 @@ def read_recipe(
         raise ValueError(f"{path}: not a YAML file: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return _Reader(path, verbs).read(tree, settings, work)
+    return _Reader(path).read(tree, settings, work)
 
 
 class _Reader:
     """Turns the tree of a recipe into calls."""
 
-    def __init__(self, path: Path, verbs: Mapping[str, argparse.ArgumentParser]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.verbs = verbs
 
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.path}: {message}")
@@ -181,10 +180,9 @@ class _Reader:
         if not isinstance(stage, dict) or "verb" not in stage:
             raise self.error(f"stage {name}: expected a mapping with `verb`")
         verb = str(stage["verb"])
-        if verb not in self.verbs:
-            raise self.error(f"stage {name}: {unknown('verb', verb, [*self.verbs])}")
-        options = _options(self.verbs[verb])
-        known = [*KEYS, *(key for key in options if key not in (*OWN_OPTIONS, "out"))]
+        if verb not in STAGES:
+            raise self.error(f"stage {name}: {unknown('verb', verb, [*STAGES])}")
+        known = [*KEYS, *(key for key in _keys(verb) if key not in (*OWN_OPTIONS, "out"))]
         for key in stage:
             if _dashed(key) in OWN_OPTIONS:
                 raise self.error(f"stage {name}: {key} is given by `megaphi data run`")
@@ -207,9 +205,8 @@ class _Reader:
     def _call(
         self, name: str, stage: dict[str, Any], outs: dict[str, Path], variables: dict[str, Any]
     ) -> StageCall:
-        """The command of a stage, parsed to see that it is one."""
+        """A stage with its options, which are checked here."""
         verb = str(stage["verb"])
-        parser = self.verbs[verb]
         inputs = stage.get("inputs", [])
         inputs = [inputs] if isinstance(inputs, str) else inputs
         if not isinstance(inputs, list):
@@ -232,68 +229,50 @@ class _Reader:
 
             return _REFERENCE.sub(replace, str(value))
 
-        words = self._positionals(name, stage, [str(outs[other]) for other in inputs], expand)
+        given = {"out": [str(outs[name])]}
         for key, value in stage.items():
-            action = _options(parser).get(_dashed(key))
-            if action is not None and action.option_strings and key not in KEYS:
-                words += self._option(name, _dashed(key), value, action, expand)
-        words = [verb, *words, "--out", str(outs[name])]
+            option = _keys(verb).get(_dashed(key))
+            if option is not None and key not in KEYS:
+                words = self._words(name, option, value)
+                if words is not None:
+                    given[option.name] = [expand(word, str(key)) for word in words]
+        self._add_inputs(name, verb, given, [str(outs[other]) for other in inputs])
         try:
-            parser.parse_args(words[1:])
+            with translated(STAGES[verb].stage, as_keys):
+                options = read_options(STAGES[verb].stage, given)
         except ValueError as error:
-            message = str(error).split("; see `")[0]
-            raise self.error(f"stage {name}: {message}; see `megaphi data {verb} --help`") from None
+            raise self.error(f"stage {name}: {error}; see `megaphi data {verb} --help`") from None
         expect = self._numbers(f"stage {name}: expect", stage.get("expect", {}))
         for key in expect:
             if key not in EXPECTED:
                 raise self.error(f"stage {name}: expect: {unknown('key', key, EXPECTED)}")
-        unique = tuple(dict.fromkeys(before))
-        return StageCall(name, verb, unique, outs[name], tuple(words), expect)
+        return StageCall(name, verb, tuple(dict.fromkeys(before)), outs[name], options, expect)
 
-    def _positionals(
-        self, name: str, stage: dict[str, Any], inputs: list[str], expand: Any
-    ) -> list[str]:
-        """The words of the positional arguments, of which `inputs` are the last."""
-        positionals = [a for a in self.verbs[str(stage["verb"])]._actions if not a.option_strings]
-        words: list[str] = []
-        for action in positionals:
-            key = next((key for key in stage if _dashed(key) == _dashed(action.dest)), None)
-            if action is positionals[-1] and inputs:
-                if key is not None:
-                    raise self.error(f"stage {name}: give either inputs or {key}, not both")
-                words += inputs
-            elif key is not None:
-                values = stage[key] if isinstance(stage[key], list) else [stage[key]]
-                words += [expand(value, key) for value in values]
-            else:
-                what = f"{_dashed(action.dest)} or inputs"
-                raise self.error(
-                    f"stage {name}: {what if action is positionals[-1] else action.dest} is missing"
-                )
-        return words
-
-    def _option(
-        self, name: str, key: str, value: Any, action: argparse.Action, expand: Any
-    ) -> list[str]:
-        """The words of an option."""
-        flag = f"--{key}"
-        if action.nargs == 0:
+    def _words(self, name: str, option: Option, value: Any) -> list[Any] | None:
+        """The values of an option; None for a flag that is not set."""
+        key = as_keys(option)
+        if option.is_flag:
             if not isinstance(value, bool):
                 raise self.error(f"stage {name}: {key} is true or false, not {value}")
-            return [flag] if value else []
+            return [] if value else None
         if value is None or isinstance(value, bool | dict):
             raise self.error(f"stage {name}: {key} needs a value, not {value}")
-        values = [expand(each, key) for each in (value if isinstance(value, list) else [value])]
-        if action.nargs == "+":
-            return [flag, *values]
-        if len(values) > 1 and not isinstance(action, argparse._AppendAction):
-            raise self.error(f"stage {name}: {key} takes one value, not {len(values)}")
-        # joined where the value would be taken for an option
-        return [
-            word
-            for each in values
-            for word in ([f"{flag}={each}"] if each.startswith("-") else [flag, each])
-        ]
+        return value if isinstance(value, list) else [value]
+
+    def _add_inputs(
+        self, name: str, verb: str, given: dict[str, list[str]], inputs: list[str]
+    ) -> None:
+        """Give the outputs of other stages to the last positional option."""
+        last = [option for option in _keys(verb).values() if option.positional][-1:]
+        for option in last:
+            if inputs and option.name in given:
+                raise self.error(f"stage {name}: give either inputs or {as_keys(option)}, not both")
+            if not inputs and not given.get(option.name):
+                raise self.error(f"stage {name}: {as_keys(option)} or inputs is missing")
+        if inputs and not last:
+            raise self.error(f"stage {name}: {verb} reads no output of another stage; drop inputs")
+        if inputs:
+            given[last[0].name] = inputs
 
     def _numbers(self, where: str, values: Any) -> dict[str, float]:
         if not isinstance(values, dict):
@@ -325,12 +304,6 @@ def _dashed(key: Any) -> str:
     return str(key).replace("_", "-")
 
 
-def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The arguments of a verb by their long names with dashes, `help` left out."""
-    return {
-        _dashed(name.lstrip("-")): action
-        for action in parser._actions
-        for name in (action.option_strings or [action.dest])
-        if name.startswith("--") or not action.option_strings
-        if action.dest != "help"
-    }
+def _keys(verb: str) -> dict[str, Option]:
+    """The options of a verb by their keys, with dashes."""
+    return {option.key: option for option in options_of(STAGES[verb].stage).values()}

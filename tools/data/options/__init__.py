@@ -1,1 +1,0 @@
-"""Options that several stages share: how to run, how to reach a language model."""
