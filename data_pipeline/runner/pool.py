@@ -74,7 +74,7 @@ def run_tasks(
             raise RunError(
                 f"a worker process died at shard {done} or one of the next {2 * workers - 1} "
                 "(killed, out of memory or a native crash); run again to go on from there, "
-                "with one of `workers` to see which"
+                "with `workers` 1 to see which"
             ) from None
         finally:
             for future in pending:

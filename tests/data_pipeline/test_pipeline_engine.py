@@ -151,7 +151,7 @@ def test_compressed_parts_hold_the_same_records(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [{"workers": 0}, {"max_reject": 1.5}, {"max_reject": -0.1}])
 def test_options_that_make_no_sense(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="workers|max_reject"):
+    with pytest.raises(ValueError, match=r"workers|max_reject"):
         Options(**bad)
 
 

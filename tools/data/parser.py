@@ -147,6 +147,7 @@ def parse(verb: Verb, argv: Sequence[str]) -> tuple[Any, bool]:
     parser = make_parser(name, verb, with_help=any(word in ("-h", "--help") for word in words))
     given = vars(parser.parse_args(words))
     as_json = "json" in given
+    given = {name: [value] if isinstance(value, str) else value for name, value in given.items()}
     with translated(verb.stage, as_flags):
         return read_options(verb.stage, given), as_json
 

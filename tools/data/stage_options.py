@@ -236,8 +236,9 @@ def add_arguments(parser: argparse.ArgumentParser, stage: type, *, with_help: bo
             more |= {"action": "store_const", "const": ()}
         else:
             more["metavar"] = option.placeholder
-            more["nargs"] = "+" if option.many and option.form in _AT_ONCE else None
-            more["action"] = "extend" if more["nargs"] else "append"
+            if option.many:
+                more["nargs"] = "+" if option.form in _AT_ONCE else None
+                more["action"] = "extend" if more["nargs"] else "append"
         if option.positional:
             places[option.groups].add_argument(option.name, default=argparse.SUPPRESS, **more)
         else:
