@@ -293,7 +293,8 @@ async def _ask(
     for server in servers:
         annotator = Annotator(server.model)
         patience = Patience(
-            "ask another `model`, try `answers` text, or give thoughts room with `reasoning_tokens`",
+            "ask another `model`, try `answers` text, or give thoughts room with "
+            "`reasoning_tokens`",
             {},
         )
         under_way: dict[int, _Question] = {}

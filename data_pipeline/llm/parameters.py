@@ -62,9 +62,8 @@ class Adjustments:
         for option, names in (("leave_out", self.leave_out), ("rename", self.rename)):
             for name in names:
                 if name not in sent and not (option == "rename" and name == LIMIT):
-                    raise ValueError(
-                        f"`{option}` {name}: not sent; the parameters are {', '.join([*sent, LIMIT])}"
-                    )
+                    known = ", ".join([*sent, LIMIT])
+                    raise ValueError(f"`{option}` {name}: not sent; the parameters are {known}")
         sent = {name: value for name, value in sent.items() if name not in self.leave_out}
         final = [self.rename.get(name, name) for name in [*sent, LIMIT]]
         if len(set(final)) < len(final):
