@@ -8,17 +8,18 @@ on this machine or another, and draws the score over the training's tokens into 
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sandbox.executor import judge_all, usable_processors
+from data_pipeline.sandbox.executor import judge_all
 from data_pipeline.sandbox.packages import Packages, find_packages
 from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
 from megaphi.durable import write_durably
@@ -29,81 +30,20 @@ from megaphi.formats.manifest import (
     find_checkpoints,
 )
 from tools.evaluation.checkpoints import Curve, progress_of
+from tools.evaluation.compare import (
+    compare_directories,
+    outcomes_of,
+    pair,
+    render_comparison,
+)
 from tools.evaluation.completions import Sampling, complete, open_backend, read_completions
+from tools.evaluation.options import evaluation_parser
+from tools.evaluation.perturb import FAMILIES, perturb_suite
 from tools.evaluation.report import read_similarity, render, summarise
 from tools.evaluation.store import Key, RowFile, open_directory
 from tools.evaluation.suites import Problem, Suite, load_suite
 from tools.model_options import check_sampling, choose_device, tokenizer_file
 from tools.threads import wait_without_spinning
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The options of the verb."""
-    parser = argparse.ArgumentParser(
-        prog="megaphi evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = parser.add_argument_group("what is evaluated: one of these")
-    what.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint or directory")
-    what.add_argument("--completions", type=Path, metavar="FILE.jsonl", help="task_id, completion")
-    what.add_argument(
-        "--canonical", action="store_true", help="the suite's own solutions (a check)"
-    )
-    parser.add_argument("--suite", required=True, help="humaneval, mbpp or FILE.jsonl")
-    parser.add_argument("--suite-file", type=Path, metavar="FILE", help="data of humaneval or mbpp")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="for the results (of a run: RUN/evaluations/SUITE)"
-    )
-    parser.add_argument("--similarity", type=Path, metavar="FILE.json", help="split the score")
-    parser.add_argument(
-        "--k",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="default: of 1, 10 and 100 what --samples allows",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    sampling = parser.add_argument_group("generation")
-    sampling.add_argument("--samples", type=int, default=1, metavar="N", help="a problem")
-    sampling.add_argument("--temperature", type=float, default=0.0)
-    sampling.add_argument("--top-p", type=float, default=1.0)
-    sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    sampling.add_argument("--batch-size", type=int, default=32, metavar="N")
-    sampling.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    sampling.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    sampling.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="instead of the model's own"
-    )
-    sampling.add_argument("--cuda-graphs", choices=("auto", "never"), default="auto")
-    run = parser.add_argument_group("the checkpoints of a run")
-    run.add_argument("--all-checkpoints", action="store_true", help="each of the run MODEL")
-    run.add_argument("--tensorboard", action="store_true", help="draw them into the run's")
-    run.add_argument(
-        "--follow", action="store_true", help="both, as they are published, until the last"
-    )
-    run.add_argument("--every-steps", type=int, default=1, metavar="N", help="only steps N divides")
-    run.add_argument("--poll-seconds", type=float, default=30.0, metavar="S")
-    run.add_argument(
-        "--patience-seconds", type=float, default=3600.0, metavar="S",
-        help="give up following when nothing changes in the run for so long (default: an hour)",
-    )  # fmt: skip
-    programs = parser.add_argument_group("running programs")
-    programs.add_argument("--workers", type=int, default=usable_processors(), metavar="N")
-    programs.add_argument(
-        "--timeout", type=float, default=3.0, metavar="SECONDS",
-        help="processor time; a program that only waits is stopped after three times as long",
-    )  # fmt: skip
-    programs.add_argument(
-        "--package", action="append", metavar="NAME",
-        help="that programs and tests may import, again for another; '' for none "
-        "(default: numpy, where it is installed)",
-    )  # fmt: skip
-    programs.add_argument("--memory-mib", type=int, default=1024, metavar="N")
-    programs.add_argument("--unsafe-no-sandbox", action="store_true")
-    return parser
-
 
 _DEFAULT_KS = (1, 10, 100)
 # options of sampling that results do not depend on
@@ -138,11 +78,17 @@ class _Job:
     def isolate(self) -> bool:
         return not self.options.unsafe_no_sandbox
 
-    def settings(self, subject: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def families(self) -> list[str]:
+        """The perturbations that were asked for."""
+        wanted = self.options.perturb or []
+        return [family for family in FAMILIES if family in wanted or "all" in wanted]
+
+    def settings(self, subject: Mapping[str, Any], suite: Suite) -> dict[str, Any]:
         """What results depend on, for telling whether an evaluation may continue."""
         return {
             **subject,
-            "suite_sha256": self.suite.sha256,
+            "suite_sha256": suite.sha256,
             "limits": asdict(self.limits),
             "sandbox": self.isolate,
             "packages": self.versions,
@@ -152,7 +98,9 @@ class _Job:
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit status."""
     wait_without_spinning()
-    options = _parser().parse_args(argv)
+    options = evaluation_parser(__doc__ or "").parse_args(argv)
+    if options.compare is not None:
+        return _compare(options)
     job = _check(options)
     job = _try_sandbox(job)
     if options.all_checkpoints:
@@ -167,7 +115,9 @@ def main(argv: Sequence[str]) -> int:
         _tell(job, summary)
     if options.json:
         print(json.dumps(summary))
-    failed = options.canonical and summary["statuses"] != {"passed": summary["programs"]}
+    scores = [summary["statuses"].get("passed", 0) / summary["programs"]]
+    scores += [found["after"]["value"] for found in summary.get("perturbed", {}).values()]
+    failed = options.canonical and min(scores) < 1
     return 1 if failed else 0
 
 
@@ -179,13 +129,21 @@ def _check(options: argparse.Namespace) -> _Job:
     """
     subjects = [options.model is not None, options.completions is not None, options.canonical]
     if sum(subjects) != 1:
-        raise ValueError("give exactly one of MODEL, --completions FILE.jsonl and --canonical")
+        raise ValueError(
+            "give exactly one of MODEL, --completions FILE.jsonl, --canonical and --compare A B"
+        )
     if options.follow:
         options.all_checkpoints = options.tensorboard = True
     if options.all_checkpoints and options.model is None:
         raise ValueError("--all-checkpoints and --follow need a run directory as MODEL")
     if options.tensorboard and not options.all_checkpoints:
         raise ValueError("--tensorboard goes with --all-checkpoints")
+    if options.suite is None:
+        raise ValueError("--suite is needed: humaneval, mbpp or FILE.jsonl")
+    if options.perturb and options.completions is not None:
+        raise ValueError(
+            "--perturb needs MODEL or --canonical: given completions answer the clean prompts"
+        )
     if options.out is None and not options.all_checkpoints:
         raise ValueError("--out DIR is needed, a directory for the results")
     for name in _POSITIVE:
@@ -252,6 +210,20 @@ def _tell(job: _Job, summary: Mapping[str, Any]) -> None:
         print(render(summary))
 
 
+def _compare(options: argparse.Namespace) -> int:
+    """Compare two finished evaluations; returns the exit status."""
+    given = [options.model, options.completions, options.suite, options.perturb]
+    if options.canonical or any(word is not None for word in given):
+        raise ValueError("--compare A B takes two finished evaluations and nothing to evaluate")
+    found = compare_directories(*options.compare)
+    text = json.dumps(found) if options.json else render_comparison(found)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_durably(options.out / "comparison.json", json.dumps(found, indent=1) + "\n")
+    print(text)
+    return 0
+
+
 def _evaluate_given(job: _Job) -> dict[str, Any]:
     """Score completions from a file, or the suite's own solutions."""
     options = job.options
@@ -259,19 +231,18 @@ def _evaluate_given(job: _Job) -> dict[str, Any]:
         missing = [p.task_id for p in job.suite.problems if p.canonical is None]
         if missing:
             raise ValueError(f"{options.suite}: {missing[0]} has no solution of the suite's own")
-        subject = {"model": "canonical solutions"}
-        rows: Iterable[dict[str, Any]] = [
-            {"task_id": p.task_id, "sample": 0, "completion": p.canonical}
-            for p in job.suite.problems
-        ]
+        rows: list[dict[str, Any]] = _canonical_rows(job.suite, options.out)
         _require_samples(job, rows, "--canonical")
-    else:
-        rows = list(read_completions(options.completions, job.suite))
-        digest = hashlib.sha256(options.completions.read_bytes()).hexdigest()
-        subject = {"model": str(options.completions), "completions_sha256": digest}
-        _require_all(job, rows, subject)
-    with open_directory(options.out, job.settings(subject)):
-        return _judge(job, options.out, rows, subject)
+        return _evaluate(job, options.out, {"model": "canonical solutions"}, _canonical_rows)
+    rows = list(read_completions(options.completions, job.suite))
+    digest = hashlib.sha256(options.completions.read_bytes()).hexdigest()
+    subject = {"model": str(options.completions), "completions_sha256": digest}
+    _require_all(job, rows, subject)
+    return _evaluate(job, options.out, subject, lambda suite, out: rows)
+
+
+def _canonical_rows(suite: Suite, _: Path) -> list[dict[str, Any]]:
+    return [{"task_id": p.task_id, "sample": 0, "completion": p.canonical} for p in suite.problems]
 
 
 def _evaluate_model(job: _Job, source: Path, out: Path) -> dict[str, Any]:
@@ -291,20 +262,67 @@ def _evaluate_model(job: _Job, source: Path, out: Path) -> dict[str, Any]:
         **{name: value for name, value in asdict(job.sampling).items() if name not in _HOW},
         **({} if tokenizer is None else {"tokenizer_sha256": tokenizer}),
     }
-    with open_directory(out, job.settings(subject)):
-        with RowFile(out / "completions.jsonl") as file:
+    backend = functools.cache(lambda: open_backend(source, device, dtype, options.tokenizer))
+
+    def generate(suite: Suite, folder: Path) -> list[dict[str, Any]]:
+        with RowFile(folder / "completions.jsonl") as file:
             wanted = [
                 (key, problem)
-                for problem in job.suite.problems
+                for problem in suite.problems
                 for sample in range(options.samples)
                 if (key := (problem.task_id, sample)) not in file.rows
             ]
             if wanted:
-                backend = open_backend(source, device, dtype, options.tokenizer)
-                for row in _progress(complete(backend, wanted, job.sampling), len(wanted), "text"):
+                found = complete(backend(), wanted, job.sampling)
+                for row in _progress(found, len(wanted), "text"):
                     file.add(row)
-            rows = list(file.rows.values())
-        return _judge(job, out, rows, subject)
+            return list(file.rows.values())
+
+    return _evaluate(job, out, subject, generate)
+
+
+Completions = Callable[[Suite, Path], list[dict[str, Any]]]
+"""The completions of a suite, kept in a directory where that is worth while."""
+
+
+def _evaluate(
+    job: _Job, out: Path, subject: Mapping[str, Any], completions: Completions
+) -> dict[str, Any]:
+    """Score a suite, and beside it the perturbed ones; leaves the summary in the directory."""
+    with open_directory(out, job.settings(subject, job.suite)):
+        results = _judge(job, job.suite, out, completions(job.suite, out))
+        summary = {
+            **summarise(job.suite, results, job.options.k or _DEFAULT_KS, job.similarity),
+            "isolation": describe_isolation(job.isolate, job.versions),
+            **job.settings(subject, job.suite),
+        }
+        if job.families:
+            clean = outcomes_of(results)
+            summary["perturbed"] = {
+                family: _perturbed(job, family, clean, out, subject, completions)
+                for family in job.families
+            }
+        write_durably(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_durably(out / "summary.txt", render(summary) + "\n")
+    return summary
+
+
+def _perturbed(
+    job: _Job,
+    family: str,
+    clean: Mapping[str, list[bool]],
+    out: Path,
+    subject: Mapping[str, Any],
+    completions: Completions,
+) -> dict[str, Any]:
+    """Score a perturbed suite, paired with the clean one; the suite is kept with its results."""
+    suite, changed = perturb_suite(job.suite, family)
+    folder = out / "perturbed" / family
+    with open_directory(folder, {**job.settings(subject, suite), "perturbed": family}):
+        text = "".join(json.dumps(row) + "\n" for _, row in suite.rows)
+        write_durably(folder / "suite.jsonl", text)
+        results = _judge(job, suite, folder, completions(suite, folder))
+    return {"changed": len(changed), **pair(clean, outcomes_of(results))}
 
 
 def _identity(source: Path) -> str:
@@ -340,12 +358,9 @@ def _require_samples(job: _Job, rows: Iterable[Mapping[str, Any]], where: str) -
         )
 
 
-def _judge(
-    job: _Job, out: Path, completions: Iterable[Mapping[str, Any]], subject: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Run the programs that have no result yet, and write the summary."""
-    problems = {problem.task_id: problem for problem in job.suite.problems}
-    rows = list(completions)
+def _judge(job: _Job, suite: Suite, out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run the programs that have no result yet; returns all results."""
+    problems = {problem.task_id: problem for problem in suite.problems}
     with RowFile(out / "results.jsonl") as file:
         wanted = [row for row in rows if (row["task_id"], row["sample"]) not in file.rows]
         verdicts = judge_all(
@@ -359,17 +374,7 @@ def _judge(
             if verdict.status == "unrunnable":
                 raise ValueError(f"the test of {task_id} cannot be run: {verdict.error}")
             file.add({"task_id": task_id, "sample": sample, **asdict(verdict)})
-        summary = summarise(
-            job.suite, file.rows.values(), job.options.k or _DEFAULT_KS, job.similarity
-        )
-    summary = {
-        **summary,
-        "isolation": describe_isolation(job.isolate, job.versions),
-        **job.settings(subject),
-    }
-    write_durably(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_durably(out / "summary.txt", render(summary) + "\n")
-    return summary
+        return list(file.rows.values())
 
 
 def _program(problem: Problem, row: Mapping[str, Any]) -> tuple[Key, str, Any]:

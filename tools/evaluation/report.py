@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tools.evaluation.compare import describe_pair
 from tools.evaluation.pass_at_k import score
 from tools.evaluation.suites import Suite
 
@@ -29,7 +30,8 @@ def summarise(
 
     Returns:
         `problems`, `programs`, `statuses`, `pass@k` (k → value, low, high, problems) and, with
-        `similarity`, the same scores apart for `similar` and `other` problems.
+        `similarity`, the same scores apart for `similar` and `other` problems; with groups in the
+        suite, `groups`: for each its `problems` and `pass@k`.
     """
     outcomes: dict[str, list[bool]] = {}
     statuses: Counter[str] = Counter()
@@ -45,6 +47,12 @@ def summarise(
         "statuses": dict(statuses.most_common()),
         "pass@k": _scores(outcomes, ks),
     }
+    groups = {p.task_id: p.group for p in suite.problems if p.group is not None}
+    if groups:
+        summary["groups"] = {}
+        for group in sorted(set(groups.values())):
+            part = {task: flags for task, flags in outcomes.items() if groups.get(task) == group}
+            summary["groups"][group] = {"problems": len(part), "pass@k": _scores(part, ks)}
     if similarity:
         summary["similarity"] = {
             name: {
@@ -73,6 +81,15 @@ def render(summary: Mapping[str, Any]) -> str:
     lines += _score_lines(summary["pass@k"], "")
     ended = ", ".join(f"{count} {status}" for status, count in summary["statuses"].items())
     lines.append(f"ended: {ended}")
+    for group, found in summary.get("groups", {}).items():
+        lines += _score_lines(found["pass@k"], f"group {group}, ")
+    for family, found in summary.get("perturbed", {}).items():
+        value = found["after"]
+        lines.append(
+            f"perturbed, {family} ({found['changed']} of {summary['problems']} problems): pass@1 "
+            f"{100 * value['value']:.2f} % (95 %: {100 * value['low']:.1f} to "
+            f"{100 * value['high']:.1f}); against the clean suite {describe_pair(found)}"
+        )
     for name, parts in summary.get("similarity", {}).items():
         for part, scores in parts.items():
             label = f"{part} to the corpus at {name}, " if part == "similar" else f"{part}, "

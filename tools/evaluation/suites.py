@@ -56,6 +56,8 @@ class Suite:
     name: str
     problems: tuple[Problem, ...]
     sha256: str
+    rows: tuple[tuple[str, dict[str, Any]], ...]
+    """What the problems were made of, each with where it stands."""
 
     def __getitem__(self, task_id: str) -> Problem:
         """The problem with an identity; `KeyError` if there is none."""
@@ -81,9 +83,18 @@ def load_suite(name: str, file: Path | None = None) -> Suite:
         raise ValueError(f"--suite-file goes with --suite humaneval or mbpp, not with {name}")
     else:
         rows = _read_rows(Path(name))
-    problems = tuple(_problem(where, row) for where, row in rows)
-    if not problems:
+    if not rows:
         raise ValueError(f"{file or name}: no problem in it")
+    return make_suite(Path(name).name.split(".")[0], rows)
+
+
+def make_suite(name: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> Suite:
+    """A suite of rows, each with where it stands.
+
+    Raises:
+        ValueError: a row is no problem; file, line and key are named.
+    """
+    problems = tuple(_problem(where, row) for where, row in rows)
     seen: set[str] = set()
     for (where, _), problem in zip(rows, problems, strict=True):
         if problem.task_id in seen:
@@ -91,7 +102,7 @@ def load_suite(name: str, file: Path | None = None) -> Suite:
         seen.add(problem.task_id)
     text = json.dumps([row for _, row in rows], sort_keys=True)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Suite(name=Path(name).name.split(".")[0], problems=problems, sha256=sha256)
+    return Suite(name=name, problems=problems, sha256=sha256, rows=tuple(rows))
 
 
 def _packaged_humaneval() -> Path:
