@@ -162,13 +162,15 @@ class Precision:
         _require_positive("precision", self, ("initial_loss_scale", "loss_scale_interval"))
 
 
+AttentionBackend = Literal["flash4", "flash3", "flash2", "te", "cudnn", "flash", "plain"]
+"""flash-attn 4, 3 and 2, Transformer Engine, PyTorch's cuDNN and flash, and the plain formula."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """How the step is computed; the loss does not depend on it, up to rounding."""
 
-    attention: Literal["auto", "flash4", "flash3", "flash2", "te", "cudnn", "flash", "plain"] = (
-        "auto"
-    )
+    attention: Literal["auto", AttentionBackend] = "auto"
     """Attention kernel: flash-attn 4, 3 or 2, Transformer Engine, PyTorch's cuDNN or flash, the
     plain formula, or auto: the fastest that can do what the recipe needs."""
     compile: bool = False

@@ -23,10 +23,10 @@ from typing import Literal, cast
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from megaphi.config import Recipe
+from megaphi.config import AttentionBackend, Recipe
 from megaphi.device import compute_capability, device_name, is_gpu
 
-Backend = Literal["flash4", "flash3", "flash2", "te", "cudnn", "flash", "sdpa", "plain"]
+Backend = Literal[AttentionBackend, "sdpa"]
 """sdpa: PyTorch's own choice of kernel, with an explicit mask where one is needed; the others as
 in `compute.attention`."""
 
@@ -35,7 +35,7 @@ _WITH_MASK = "PyTorch's choice of kernel with an explicit mask (slower, and more
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a machine can run; a version is None where the package cannot be used."""
+    """What a machine can run."""
 
     device_type: str
     """cpu or cuda."""
@@ -48,10 +48,8 @@ class Capabilities:
     """CUDA that PyTorch was built with."""
     cudnn_version: int | None = None
     """cuDNN that PyTorch loads, 91501 for 9.15.1."""
-    flash2: str | None = None
-    flash3: str | None = None
-    flash4: str | None = None
-    te: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the packages that can be used, by backend."""
     torch_varlen: bool = False
     """PyTorch's `varlen_attn` takes a window, which is how it is told to be causal."""
     problems: Mapping[str, str] = field(default_factory=dict)
@@ -95,26 +93,38 @@ class _Kernel:
     """Takes documents of different lengths side by side."""
     max_head_size: int
     module: str | None = None
-    """What has to be importable."""
+    """What has to be importable; None where PyTorch has the kernel."""
+    distribution: str | None = None
+    """The package that has the module, for its version."""
 
 
 _KERNELS: dict[str, _Kernel] = {
-    "flash4": _Kernel("flash-attn 4", (9, 10, 11), "no", True, 128, "flash_attn.cute"),
-    "flash3": _Kernel("flash-attn 3", (9,), "no", True, 256, "flash_attn_interface"),
+    "flash4": _Kernel(
+        "flash-attn 4", (9, 10, 11), "no", True, 128, "flash_attn.cute", "flash-attn-4"
+    ),
+    "flash3": _Kernel(
+        "flash-attn 3", (9,), "no", True, 256, "flash_attn_interface", "flash_attn_3"
+    ),
     "flash2": _Kernel(
-        "flash-attn 2", (8, 9, 10, 11, 12), "any", True, 256, "flash_attn.flash_attn_interface"
+        "flash-attn 2",
+        (8, 9, 10, 11, 12),
+        "any",
+        True,
+        256,
+        "flash_attn.flash_attn_interface",
+        "flash-attn",
     ),
     "te": _Kernel(
-        "Transformer Engine", (8, 9, 10, 12), "sixteenths", True, 128, "transformer_engine.pytorch"
+        "Transformer Engine",
+        (8, 9, 10, 12),
+        "sixteenths",
+        True,
+        128,
+        "transformer_engine.pytorch",
+        "transformer-engine",
     ),
     "cudnn": _Kernel("cuDNN through PyTorch", (8, 9, 10, 12), "sixteenths", False, 128),
     "flash": _Kernel("PyTorch's flash attention", (8, 9, 10, 11, 12), "any", True, 256),
-}
-_DISTRIBUTIONS = {
-    "flash4": "flash-attn-4",
-    "flash3": "flash_attn_3",
-    "flash2": "flash-attn",
-    "te": "transformer-engine",
 }
 _FASTEST_FIRST: dict[int, tuple[Backend, ...]] = {
     10: ("flash4", "cudnn", "flash2", "flash", "te"),
@@ -142,7 +152,7 @@ def probe(device: torch.device) -> Capabilities:
         return Capabilities(device_type=device.type)
     versions: dict[str, str] = {}
     problems: dict[str, str] = {}
-    for backend in _DISTRIBUTIONS:
+    for backend in (name for name, kernel in _KERNELS.items() if kernel.module is not None):
         found, problem = find_package(backend)
         if found is None:
             problems[backend] = problem
@@ -156,10 +166,7 @@ def probe(device: torch.device) -> Capabilities:
         cuda_version=torch.version.cuda,
         # on AMD cards it is the version of another library
         cudnn_version=cudnn if torch.version.cuda is not None else None,
-        flash2=versions.get("flash2"),
-        flash3=versions.get("flash3"),
-        flash4=versions.get("flash4"),
-        te=versions.get("te"),
+        versions=versions,
         torch_varlen="window_size" in inspect.signature(varlen_attn).parameters,
         problems=problems,
     )
@@ -170,8 +177,9 @@ def find_package(backend: str) -> tuple[str | None, str]:
 
     A binary built for another PyTorch or CUDA fails with one of several errors when it is loaded.
     """
-    module = _KERNELS[backend].module
+    module, distribution = _KERNELS[backend].module, _KERNELS[backend].distribution
     assert module is not None, f"{backend} needs no package"
+    assert distribution is not None, f"{backend} names no package"
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -181,7 +189,7 @@ def find_package(backend: str) -> tuple[str | None, str]:
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"cannot be imported: {_first_line(error)}"
     try:
-        return version(_DISTRIBUTIONS[backend]), ""
+        return version(distribution), ""
     except PackageNotFoundError:
         return "of an unknown version", ""
 
@@ -253,7 +261,7 @@ def _obstacle(backend: str, need: Need, capabilities: Capabilities) -> str | Non
             f"runs on compute capability {supported}, not on {capabilities.device_name} "
             f"({_dotted(capabilities)})"
         )
-    if kernel.module is not None and getattr(capabilities, backend) is None:
+    if kernel.module is not None and backend not in capabilities.versions:
         return capabilities.problems.get(backend, "is not installed")
     return (
         _head_size_obstacle(backend, need, capabilities)
@@ -328,7 +336,7 @@ def _describe(backend: str, capabilities: Capabilities) -> str:
     """Name, version and device of a chosen backend."""
     kernel = _KERNELS[backend]
     versions = {"cudnn": f"cuDNN {_cudnn_name(capabilities.cudnn_version or 0)}"}
-    found = getattr(capabilities, backend, None) or versions.get(backend)
+    found = capabilities.versions.get(backend) or versions.get(backend)
     found = f" ({found})" if found is not None else ""
     return f"{kernel.title}{found} on compute capability {_dotted(capabilities)}"
 

@@ -50,7 +50,8 @@ def need(**changes: Any) -> Need:
 
 def having(capabilities: Capabilities, *packages: str, **more: Any) -> Capabilities:
     found = {package: ALL_PACKAGES[package] for package in packages}
-    return dataclasses.replace(capabilities, **found, **more)
+    versions = {**capabilities.versions, **found}
+    return dataclasses.replace(capabilities, versions=versions, **more)
 
 
 def everything(capabilities: Capabilities) -> Capabilities:
@@ -276,8 +277,7 @@ def test_probe(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.device_name, found.compute_capability) == ("NVIDIA H200", (9, 0))
     assert (found.cuda_version, found.cudnn_version) == ("12.8", 91501)
     assert found.torch_varlen
-    assert found.flash3 == "of an unknown version"
-    assert (found.flash2, found.flash4, found.te) == (None, None, None)
+    assert found.versions == {"flash3": "of an unknown version"}
     assert set(found.problems) == {"flash2", "flash4", "te"}
     assert choose(PHI, found).backend == "flash3"
     monkeypatch.setattr(torch.version, "cuda", None)
