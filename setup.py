@@ -25,6 +25,7 @@ setup(
         "megaphi": ["py.typed"],
         "kernels": ["py.typed"],
         "data_pipeline.heuristics": ["heuristics.yaml"],
+        "data_pipeline.small_programs": ["primitives/*.yaml"],
         "data_pipeline.ingest": ["permissive_licenses.txt"],
     },
     # torch comes first, by hand or by the launch scripts: a plain `pip install torch` would

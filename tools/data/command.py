@@ -2,6 +2,7 @@
 
     megaphi data ingest SOURCE... --out DIR
     megaphi data annotate RECORDS_DIR... --model NAME --base-url URL --samples N --out DIR
+    megaphi data compose --kind exercises|textbooks|suite --samples N --out DIR|SUITE.jsonl
     megaphi data plan-generation --kind textbooks|exercises --samples N --out PLAN.jsonl
     megaphi data generate PLAN.jsonl --model NAME --base-url URL --out DIR
     megaphi data train-filter LABELS_DIR RECORDS_DIR... --features hashed|MODEL --out DIR

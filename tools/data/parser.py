@@ -88,6 +88,7 @@ STAGES = {
     "dedup": _verb("dedup", "DedupRun", "stage:dedup_run"),
     "decontaminate": _verb("decontaminate", "DecontaminateRun", "stage:decontaminate"),
     "annotate": _verb("annotation", "AnnotateRun", "stage:annotate_run", extra="llm"),
+    "compose": _verb("small_programs", "ComposeRun", "stage:compose_run"),
     "plan-generation": _verb("generation", "PlanRun", "plan:plan_run"),
     "execute": _verb("generation", "ExecuteRun", "execute:execute_run"),
     "generate": _verb("generation", "GenerateRun", "stage:generate_run", extra="llm"),
