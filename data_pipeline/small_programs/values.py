@@ -155,15 +155,22 @@ def _text(shape: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def fits(value: Any) -> bool:
-    """Whether a value is narrow enough to be worked on further: nothing grows before it is."""
+def fits(value: Any, slack: int = 1) -> bool:
+    """Whether a value is narrow enough to be worked on further: nothing grows before it is.
+
+    Args:
+        value: of any type.
+        slack: by how much it may exceed the usual width.
+    """
     if isinstance(value, str):
-        return len(value) <= MAX_CHARACTERS
+        return len(value) <= MAX_CHARACTERS * slack
     if isinstance(value, int | float):
-        return abs(value) <= MAX_INTEGER
+        return abs(value) <= MAX_INTEGER**slack
     if isinstance(value, dict):
-        return len(value) <= MAX_ITEMS and all(map(fits, value.values()))
-    return len(value) <= MAX_ITEMS and all(map(fits, value))
+        value = list(value.values())
+    if len(value) > MAX_ITEMS * slack:
+        return False
+    return all(fits(item, slack) for item in value)
 
 
 def size_of(value: Any) -> int:

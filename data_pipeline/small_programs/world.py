@@ -23,6 +23,8 @@ from data_pipeline.small_programs.values import SHAPES, TYPES, draw, fits, size_
 Composition = tuple[Primitive, ...]
 PROBES = 32
 HELD_OUT_ONE_IN = 5
+MATTERS_AT = 3  # probes on which leaving a step out must show
+SLACK = 4  # fingerprints look further than texts go, so that width hides no likeness
 MAX_DRAWS = 400  # tries at a composition before a shorter one is taken
 
 
@@ -45,13 +47,13 @@ def probes(kind: str) -> tuple[Any, ...]:
     return tuple(draw(kind, SHAPES[i % len(SHAPES)], rng) for i in range(PROBES))
 
 
-def run(composition: Sequence[Primitive], value: Any) -> Any:
+def run(composition: Sequence[Primitive], value: Any, slack: int = 1) -> Any:
     """What a composition means for an input, by the reference; `TOO_WIDE` where it outgrows."""
     for step in composition:
-        if step.limit is not None and size_of(value) > step.limit:
+        if step.limit is not None and size_of(value) > step.limit * slack:
             return TOO_WIDE
         value = step.meaning(value)
-        if not fits(value):
+        if not fits(value, slack):
             return TOO_WIDE
     return value
 
@@ -59,7 +61,7 @@ def run(composition: Sequence[Primitive], value: Any) -> Any:
 @functools.cache
 def outputs(composition: Composition) -> tuple[str, ...]:
     """The results on the probes, written out."""
-    return tuple(repr(run(composition, value)) for value in probes(composition[0].takes))
+    return tuple(repr(run(composition, value, SLACK)) for value in probes(composition[0].takes))
 
 
 def fingerprint(composition: Composition) -> tuple[str, str, tuple[str, ...]]:
@@ -68,42 +70,51 @@ def fingerprint(composition: Composition) -> tuple[str, str, tuple[str, ...]]:
 
 
 @functools.cache
-def _single_fingerprints() -> frozenset[tuple[str, str, tuple[str, ...]]]:
-    """Of single primitives, and of doing nothing."""
-    single = [fingerprint((primitive,)) for primitive in all_primitives().values()]
-    nothing = [(kind, kind, tuple(map(repr, probes(kind)))) for kind in TYPES]
-    return frozenset([*single, *nothing])
+def is_held_out(composition: Composition) -> bool:
+    """Whether no training text may hold a function that does this."""
+    takes, gives, results = fingerprint(composition)
+    if len(composition) < 2 or results in _singles().get((takes, gives), ()):
+        return False
+    digest = hashlib.sha256("\n".join((takes, gives, *results)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+def differences(one: Sequence[str], other: Sequence[str]) -> int:
+    """On how many probes results differ, as far as both are known."""
+    wide = repr(TOO_WIDE)
+    return sum(a != b and wide not in (a, b) for a, b in zip(one, other, strict=True))
 
 
 @functools.cache
-def is_held_out(composition: Composition) -> bool:
-    """Whether no training text may hold a function that does this."""
-    print_ = fingerprint(composition)
-    if len(composition) < 2 or print_ in _single_fingerprints():
-        return False
-    digest = hashlib.sha256("\n".join((print_[0], print_[1], *print_[2])).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+def _singles() -> dict[tuple[str, str], list[tuple[str, ...]]]:
+    """Results of single primitives, and of doing nothing, by input and output type."""
+    found: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for primitive in all_primitives().values():
+        found.setdefault((primitive.takes, primitive.gives), []).append(outputs((primitive,)))
+    for kind in TYPES:
+        found.setdefault((kind, kind), []).append(tuple(map(repr, probes(kind))))
+    return found
 
 
 @functools.cache
 def is_worthwhile(composition: Composition) -> bool:
-    """Whether a composition has no idle step, stays narrow, and its result depends on its input."""
+    """Whether every step matters, values stay narrow, and the result depends on the input."""
     if len(composition) == 1:
         return True
-    results = outputs(composition)
-    narrow = [result for result in results if result != repr(TOO_WIDE)]
-    commonest = Counter(narrow).most_common(1)[0][1] if narrow else 0
-    if 3 * len(narrow) < 2 * len(results) or 5 * commonest > 4 * len(narrow):
+    takes, gives, results = fingerprint(composition)
+    wide = sum(run(composition, value) is TOO_WIDE for value in probes(takes))
+    commonest = Counter(results).most_common(1)[0][1]
+    if 3 * wide > len(results) or 5 * commonest > 4 * len(results):
         return False
-    # what it does must need all of its steps
-    if fingerprint(composition) in _single_fingerprints():
-        return False
+    least = min(MATTERS_AT, len(results) // 2)
+    shorter = list(_singles().get((takes, gives), ()))
     for size in range(2, len(composition)):
         for part in itertools.combinations(composition, size):
-            fitting = all(a.gives == b.takes for a, b in itertools.pairwise(part))
-            if fitting and fingerprint(part) == fingerprint(composition):
-                return False
-    return True
+            if (part[0].takes, part[-1].gives) == (takes, gives) and all(
+                a.gives == b.takes for a, b in itertools.pairwise(part)
+            ):
+                shorter.append(outputs(part))
+    return all(differences(results, other) >= least for other in shorter)
 
 
 class World:

@@ -125,9 +125,9 @@ def test_no_training_text_does_what_a_held_out_problem_does(world: str) -> None:
     groups = tuple(f"held-out-depth-{depth}" for depth in depths)
     suite = list(make_suite(ComposeOptions(kind="suite", samples=120, world=world, groups=groups)))
     corpus = [
-        *compose(kind="exercises", samples=1500, world=world),
-        *compose(kind="exercises", samples=500, world=world, wrong=1.0, seed=5),
-        *compose(kind="textbooks", samples=400, world=world),
+        *compose(kind="exercises", samples=800, world=world),
+        *compose(kind="exercises", samples=300, world=world, wrong=1.0, seed=5),
+        *compose(kind="textbooks", samples=200, world=world),
     ]
     taught: dict[str, list[list[str | None]]] = collections.defaultdict(list)
     for kind, results in functions_of(corpus):
@@ -161,9 +161,10 @@ def test_wordings_and_primitives_that_are_held_out_occur_in_no_exercise() -> Non
     for row in suite:
         if row["group"] == "held-out-phrasing":
             for name in row["composition"]:
-                words = max(all_primitives()[name].phrasings[-1].split("X"), key=len).strip()
-                found += words in row["prompt"]
-                assert not any(words in text for text in texts), words
+                parts = all_primitives()[name].phrasings[-1].split("X")
+                words = re.compile("[^.\n]+".join(map(re.escape, parts)))
+                found += words.search(row["prompt"]) is not None
+                assert not any(map(words.search, texts)), words
     assert found > 10
 
 
@@ -190,7 +191,7 @@ def test_options_narrow_repeat_and_limit() -> None:
     repeated = compose(kind="exercises", samples=300, world="figure", repetition=3)
     assert set(collections.Counter(row["text"] for row in repeated).values()) == {3}
     assert len({row["id"] for row in repeated}) == 300
-    shallow = compose(kind="exercises", samples=300, depth=1, primitives=12)
+    shallow = compose(kind="exercises", samples=300, depth=1, primitives=12, textbook_only=0)
     assert {len(row["meta"]["composition"]) for row in shallow} == {1}
     assert len({row["meta"]["composition"][0] for row in shallow}) <= 12
     plain = compose(kind="exercises", samples=300, styles=1, parameter_names=1, type_hints=False)
@@ -229,7 +230,11 @@ def test_texts_depend_on_seed_and_options_alone() -> None:
     assert longer[0]["text"] != compose(kind="exercises", samples=1, seed=10)[0]["text"]
 
 
-GOLDEN = ["?", "?", "?"]
+GOLDEN = [
+    "5fb1004fe6cbcd48e9e3291cfca4d32bf95e94109685315064fc9fca3b75f516",
+    "331269577fac1b92f974e6374938a695cfe487f0ecbf5c0d6c9dddbd25705a4d",
+    "90618e6047853421a58ea748ce6261fa4e8a85a69e00422733a5255d549a6b72",
+]
 
 
 def verb(capsys: pytest.CaptureFixture[str], *words: Any) -> dict[str, Any]:
@@ -285,7 +290,7 @@ def test_suites_tell_a_function_from_its_neighbours() -> None:
                 space["check"](lambda value, steps=neighbour: run(steps, value))
             except Exception:  # too wide, or another value
                 caught += 1
-    assert tried > 300
+    assert tried > 200
     assert caught > 0.97 * tried
 
 
