@@ -119,7 +119,7 @@ def write_function(
     style = rng.randrange(styles) if shown else 0
     text = docstring(told, name, style, rng, least_examples=least_examples)
     head = f"def {name}({parameter}):"
-    if options.type_hints:
+    if options.type_hints == "yes":
         takes, gives = HINTS[composition[0].takes], HINTS[composition[-1].gives]
         head = f"def {name}({parameter}: {takes}) -> {gives}:"
     function = Function(

@@ -5,6 +5,7 @@ records are the same for any number of workers; a killed run continues with the 
 """
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 
 from data_pipeline.records.jsonl import LineWriter
 from data_pipeline.records.record import Json, Record, Reject, record_id
+from data_pipeline.runner.finished import Finished, Show, run_planned
 from data_pipeline.runner.output import OtherOutput, is_made
 from data_pipeline.runner.stage import Stage, Tally, Work
 from data_pipeline.small_programs.exercise import Function, write_exercise
-from data_pipeline.small_programs.options import ComposeOptions
+from data_pipeline.small_programs.options import ComposeOptions, ComposeRun
 from data_pipeline.small_programs.suite import make_suite, row_line
 from data_pipeline.small_programs.textbook import DEEPEST, write_section
 from data_pipeline.small_programs.world import Composition, World, world_of
@@ -34,6 +36,23 @@ class SampleShard:
     stop: int
 
 
+def compose_run(run: ComposeRun, show: Show) -> Finished:
+    """Compose what the user's options say.
+
+    Raises:
+        ValueError, RunError: see `plan_compose`, `write_suite` and `run_stage`.
+    """
+    started = time.monotonic()
+    if run.options.kind != "suite":
+        planned = plan_compose(run.options)
+        return run_planned(planned, run.output, run.engine, show, started=started)
+    out = run.output.out
+    count, sha256, reused = write_suite(run.options, out, overwrite=run.output.overwrite)
+    result: dict[str, Json] = {"out": str(out), "reused": reused, "problems": count}
+    line = f"{'reused' if reused else 'wrote'} {out}: {count} problems"
+    return Finished(result | {"sha256": sha256}, line)
+
+
 def plan_compose(options: ComposeOptions) -> tuple[Stage, Work]:
     """The stage and its work.
 
@@ -42,7 +61,7 @@ def plan_compose(options: ComposeOptions) -> tuple[Stage, Work]:
             options.
     """
     if options.kind not in SOURCES:
-        raise ValueError(f"kind {options.kind}: is written by write_suite")
+        raise ValueError(f"`kind` {options.kind}: is written by write_suite")
     options = options.resolved()
     world = world_of(options.world_key())
     _among(options, world)  # fails here rather than in a worker

@@ -9,10 +9,10 @@ operation that a step could be mistaken for an input that tells them apart.
 import json
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from data_pipeline.small_programs.exercise import NUM_INPUTS, Function, draw_inputs, write_function
-from data_pipeline.small_programs.options import GROUPS, ComposeOptions
+from data_pipeline.small_programs.options import ComposeOptions, Group
 from data_pipeline.small_programs.world import (
     TOO_WIDE,
     Composition,
@@ -28,11 +28,12 @@ MAX_TESTS = 16
 SUITE_NAME = "SmallPrograms"
 
 
-def default_groups(world: World) -> tuple[str, ...]:
+def default_groups(world: World) -> tuple[Group, ...]:
     """The groups of which no problem's function, or no wording, is in any training text."""
-    deeper = [f"held-out-depth-{depth}" for depth in range(2, world.depth + 1)]
-    textbook = ["textbook-only"] if world.textbook_only else []
-    return ("depth-1", *deeper, "held-out-phrasing", *textbook)
+    usual = [
+        group for group in get_args(Group) if not group.startswith("depth-") or group[-1] == "1"
+    ]
+    return tuple(group for group in usual if not _missing(group, world))
 
 
 def make_suite(options: ComposeOptions) -> Iterator[dict[str, Any]]:
@@ -44,7 +45,9 @@ def make_suite(options: ComposeOptions) -> Iterator[dict[str, Any]]:
     options = options.resolved()
     world = world_of(options.world_key())
     groups = options.groups or default_groups(world)
-    _check_groups(groups, world)
+    for group in groups:
+        if reason := _missing(group, world):
+            raise ValueError(f"`groups` {group}: {reason}")
     seen: set[str] = set()
     for number in range(options.samples):
         rng = random.Random(f"{options.seed}/suite/{number}")
@@ -62,16 +65,16 @@ def make_suite(options: ComposeOptions) -> Iterator[dict[str, Any]]:
         }
 
 
-def _check_groups(groups: tuple[str, ...], world: World) -> None:
-    for group in groups:
-        if group == "textbook-only" and not world.textbook_only:
-            raise ValueError(f"group {group}: the world has no such primitive; see textbook_only")
-        if group[-1:].isdecimal() and int(group[-1]) > world.depth:
-            raise ValueError(f"group {group}: is deeper than the world, which has {world.depth}")
-    assert set(groups) <= set(GROUPS)
+def _missing(group: Group, world: World) -> str:
+    """Why a world has no problems of a group; empty if it has."""
+    if group == "textbook-only" and not world.textbook_only:
+        return "the world has no such primitive; see `textbook_only`"
+    if group[-1].isdecimal() and int(group[-1]) > world.depth:
+        return f"is deeper than the world, which has {world.depth}"
+    return ""
 
 
-def _new_problem(group: str, world: World, rng: random.Random, seen: set[str]) -> Function:
+def _new_problem(group: Group, world: World, rng: random.Random, seen: set[str]) -> Function:
     """A function whose prompt is new.
 
     Raises:
@@ -92,7 +95,7 @@ def _new_problem(group: str, world: World, rng: random.Random, seen: set[str]) -
         if function.prompt not in seen:
             seen.add(function.prompt)
             return function
-    raise ValueError(f"samples: this world has too few problems of group {group}")
+    raise ValueError(f"`samples`: this world has too few problems of group {group}")
 
 
 def _words_of(phrase: str, prompt: str) -> bool:
@@ -101,7 +104,7 @@ def _words_of(phrase: str, prompt: str) -> bool:
     return longest in prompt
 
 
-def _composition(group: str, world: World, rng: random.Random) -> Composition:
+def _composition(group: Group, world: World, rng: random.Random) -> Composition:
     if group == "textbook-only":
         return (rng.choice(world.textbook_only),)
     if group == "held-out-phrasing":
@@ -109,7 +112,7 @@ def _composition(group: str, world: World, rng: random.Random) -> Composition:
     depth, held_out = int(group[-1]), group.startswith("held-out")
     found = world.draw(depth, rng, held_out=held_out)
     if found is None:
-        raise ValueError(f"group {group}: this world has no such composition")
+        raise ValueError(f"`groups` {group}: this world has no such composition")
     return found
 
 

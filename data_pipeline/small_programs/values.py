@@ -165,7 +165,7 @@ def fits(value: Any, slack: int = 1) -> bool:
     if isinstance(value, str):
         return len(value) <= MAX_CHARACTERS * slack
     if isinstance(value, int | float):
-        return abs(value) <= MAX_INTEGER**slack
+        return bool(abs(value) <= MAX_INTEGER**slack)
     if isinstance(value, dict):
         value = list(value.values())
     if len(value) > MAX_ITEMS * slack:

@@ -128,7 +128,7 @@ class World:
         everything = list(all_primitives().values())
         count = options.primitives or len(everything)
         if count > len(everything):
-            raise ValueError(f"primitives {count}: there are {len(everything)}")
+            raise ValueError(f"`primitives` {count}: there are {len(everything)}")
         self.options = options
         self.depth = options.depth or 1
         chosen = everything[:count]
@@ -136,7 +136,7 @@ class World:
         self.textbook_only = [primitive for primitive in chosen if primitive in kept_back]
         self.exercised = [primitive for primitive in chosen if primitive not in kept_back]
         if not self.exercised:
-            raise ValueError(f"textbook_only {options.textbook_only}: leaves no primitive")
+            raise ValueError(f"`textbook_only` {options.textbook_only}: leaves no primitive")
         self._by_type: dict[str, list[Primitive]] = {}
         for primitive in self.exercised:
             self._by_type.setdefault(primitive.takes, []).append(primitive)
@@ -180,7 +180,7 @@ class World:
             found[self.draw_any(rng, deepest)] = None
             if len(found) == count:
                 return list(found)
-        raise ValueError(f"compositions {count}: only {len(found)} were found in this world")
+        raise ValueError(f"`compositions` {count}: only {len(found)} were found in this world")
 
     def confusions(self, composition: Composition) -> list[Composition]:
         """Compositions with one step exchanged that do something else, and may be written."""
