@@ -141,6 +141,22 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     )
 
 
+def require_finite(tensor: Tensor, where: str) -> Tensor:
+    """The tensor, if all of its values are finite; one pass that allocates nothing.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite; with such a weight every answer is noise.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return tensor
+    if not all(bool(end.isfinite()) for end in tensor.aminmax()):
+        raise CheckpointError(
+            f"{where}: values that are not finite (NaN or infinity); such a model answers "
+            "nothing: take an earlier checkpoint, or get the file again"
+        )
+    return tensor
+
+
 def overflows(original: Tensor, converted: Tensor) -> bool:
     """Whether a cast made a finite value infinite."""
     if torch.finfo(converted.dtype).max >= torch.finfo(original.dtype).max or not original.numel():

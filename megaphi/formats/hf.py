@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from megaphi.config import Model
-from megaphi.formats.files import StoredTensor, overflows, read_header, read_json_object
+from megaphi.formats.files import (
+    StoredTensor,
+    overflows,
+    read_header,
+    read_json_object,
+    require_finite,
+)
 from megaphi.formats.hf_config import read_config
 from megaphi.formats.intake import refuse_strange_entries
 from megaphi.formats.weight_files import PendingTensor
@@ -251,9 +257,16 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
         return self[name].to(dtype)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The parameter in our shape, on the CPU."""
+        """The parameter in our shape, on the CPU.
+
+        Raises:
+            CheckpointError: the data cannot be read, or a value is not finite.
+        """
         sources = source_names(name, self.config, self._layout)
-        tensors = [self._stored[source].read() for source in sources]
+        tensors = [
+            require_finite(self._stored[source].read(), f"{self._stored[source].path}: {source}")
+            for source in sources
+        ]
         return from_sources(name, tensors, self.config, self._layout)
 
     def __iter__(self) -> Iterator[str]:

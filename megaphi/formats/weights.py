@@ -22,8 +22,10 @@ from torch import Tensor
 from megaphi.config import Model
 from megaphi.formats.files import (
     StoredTensor,
+    overflows,
     read_header,
     read_json_object,
+    require_finite,
 )
 from megaphi.formats.hf import HuggingFaceWeights
 from megaphi.formats.intake import refuse_strange_entries, verify_foreign_checkpoint
@@ -213,14 +215,18 @@ class CheckpointWeights(Mapping[str, Tensor]):
         return {shards[0].stored.torch_dtype for shards in self._shards.values()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """The full tensor, assembled on the CPU."""
+        """The full tensor, assembled on the CPU.
+
+        Raises:
+            CheckpointError: the data cannot be read, or a value is not finite.
+        """
         shards = self._shards[name]
         if len(shards) == 1:
-            return shards[0].stored.read()
+            return _read_finite(shards[0].stored)
         shape = parameter_shapes(self.config)[name]
         full = torch.empty(shape, dtype=shards[0].stored.torch_dtype)
         for shard in shards:
-            full[shard.region] = shard.stored.read()
+            full[shard.region] = _read_finite(shard.stored)
         return full
 
     def __iter__(self) -> Iterator[str]:
@@ -230,6 +236,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Number of parameters."""
         return len(self._names)
+
+
+def _read_finite(stored: StoredTensor) -> Tensor:
+    return require_finite(stored.read(), f"{stored.path}: {stored.name}")
 
 
 def _read_offsets(info: Any, stored: StoredTensor) -> tuple[int, ...]:
@@ -380,5 +390,9 @@ def load_source(source: Path, *, device: torch.device | str, dtype: torch.dtype)
         model = Phi(weights.config)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+        tensor = weights[name]
+        converted = tensor.to(dtype)
+        if overflows(tensor, converted):
+            raise ValueError(f"{source}: {name} is too large for {dtype}; use bf16 or fp32")
+        parameter.copy_(converted)
     return LoadedModel(model, weights.config, find_tokenizer(source), source)

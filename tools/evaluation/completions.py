@@ -218,6 +218,10 @@ class TransformersBackend:
         except (OSError, ValueError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{source}: transformers does not load it: {reason}") from None
+        from megaphi.formats.files import require_finite
+
+        for name, parameter in model.named_parameters():
+            require_finite(parameter, f"{source}: {name} as {dtype}")
         self._model = model.to(device).eval()
         self.context = int(getattr(model.config, "max_position_embeddings", 2048))
 

@@ -134,7 +134,7 @@ def _describe(kind: str, path: str, options: argparse.Namespace) -> dict[str, An
     from tools.inspect.model import describe_checkpoint, describe_hugging_face, describe_run
 
     if kind == "huggingface":
-        return describe_hugging_face(Path(path))
+        return describe_hugging_face(Path(path), deep=options.deep)
     describe = describe_run if kind == "run" else describe_checkpoint
     report = describe(Path(path), deep=options.deep)
     if options.plot:

@@ -1,7 +1,7 @@
 """What `megaphi inspect` says about checkpoints, runs and Hugging Face model directories.
 
-torch is not imported: tensor files are known by their headers, which the safetensors library reads
-and checks alone.
+torch is not imported, unless every byte is to be read: tensor files are known by their headers,
+which the safetensors library reads and checks alone.
 """
 
 import json
@@ -88,7 +88,9 @@ def _verify(directory: Path, *, deep: bool) -> dict[str, Any]:
         CheckpointError: names the first file that is missing, altered or not in the manifest.
     """
     if deep:
-        return verify_checkpoint(directory)
+        manifest = verify_checkpoint(directory)
+        _require_finite(sorted(directory.glob(f"*{_TENSOR_SUFFIX}")))
+        return manifest
     manifest = read_manifest(directory)
     check_strangers(directory, manifest)
     tensor_files = {name for name in manifest["files"] if name.endswith(_TENSOR_SUFFIX)}
@@ -102,6 +104,20 @@ def _verify(directory: Path, *, deep: bool) -> dict[str, Any]:
             )
     verify_files(directory, manifest, manifest["files"].keys() - tensor_files)
     return manifest
+
+
+def _require_finite(paths: Iterable[Path]) -> None:
+    """Read every tensor of some files.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    from megaphi.formats.files import FLOAT_DTYPES, read_header, require_finite
+
+    for path in paths:
+        for stored in read_header(path)[0]:
+            if stored.dtype in FLOAT_DTYPES:
+                require_finite(stored.read(), f"{path}: {stored.name}")
 
 
 @dataclass(frozen=True)
@@ -245,10 +261,11 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     }
 
 
-def describe_hugging_face(directory: Path) -> dict[str, Any]:
+def describe_hugging_face(directory: Path, *, deep: bool) -> dict[str, Any]:
     """Describe a Hugging Face model directory by config.json and the headers of its tensors.
 
-    Such a directory has no manifest, so there is nothing to verify it against.
+    Such a directory has no manifest, so there is nothing to verify it against; `deep` reads its
+    tensors.
 
     Raises:
         ValueError: it has no safetensors file.
@@ -259,6 +276,8 @@ def describe_hugging_face(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory}: has a config.json but no *{_TENSOR_SUFFIX} file")
     config = _read_object(directory / "config.json")
     tensors = {tensor.name: tensor for tensor in _read_headers(paths)}
+    if deep:
+        _require_finite(paths)
     return {
         "model": {key: config.get(key) for key in _HUGGING_FACE_KEYS},
         "parameters": sum(tensor.elements for tensor in tensors.values()),
