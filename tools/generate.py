@@ -182,13 +182,16 @@ def _complete(
     device, dtype = choose_device(options.device, options.dtype)
     source = resolve_model(options.model)
     tokenizer_dir = options.tokenizer or find_tokenizer(source)
+    from data_pipeline.tokens.tokenizer_json import tokenizer_errors
+
     tokenizer = load_tokenizer(tokenizer_dir, source)
     loaded = load_source(source, device=device, dtype=dtype)
     eos_id = end_of_text_id(tokenizer_dir, loaded.config.vocab_size)
     room = loaded.config.max_sequence_length - options.max_new_tokens
     prompts = []
     for request in requests:
-        ids = tokenizer.encode(request.row["prompt"], add_special_tokens=False).ids
+        with tokenizer_errors(tokenizer_dir or source):
+            ids = tokenizer.encode(request.row["prompt"], add_special_tokens=False).ids
         if not ids and eos_id is None:
             raise ValueError(
                 f"{request.where}: the prompt has no token and the tokenizer no end of text to "

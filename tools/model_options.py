@@ -59,11 +59,6 @@ def load_tokenizer(tokenizer_dir: Path | None, source: Path) -> Any:
         ValueError: there is none, or it is not readable.
     """
     path = tokenizer_file(tokenizer_dir or source)
-    import tokenizers
+    from data_pipeline.tokens.tokenizer_json import read_tokenizer
 
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return read_tokenizer(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data_pipeline.records.record import Record, read_part
 from data_pipeline.runner.output import check_part, read_manifest
+from data_pipeline.runner.record_work import check_identities, identity
 
 LENGTH_BOUNDS = (256, 1024, 4096, 16384)  # bytes
 
@@ -48,10 +49,15 @@ def choose(directories: Sequence[Path], samples: int, seed: int) -> tuple[set[st
 
     Raises:
         ValueError: fewer samples than strata are asked for.
+        RunError: one id stands for two texts.
     """
+    places: list[str] = []
+    identities = bytearray()
     heaps: dict[str, list[tuple[int, str]]] = {}
     sizes: Counter[str] = Counter()
-    for _, record in read_records(directories):
+    for where, record in read_records(directories):
+        places.append(where)
+        identities += identity(record)
         label = stratum(record)
         sizes[label] += 1
         heap = heaps.setdefault(label, [])
@@ -61,6 +67,7 @@ def choose(directories: Sequence[Path], samples: int, seed: int) -> tuple[set[st
             heapq.heappush(heap, (rank, record["id"]))
         else:
             heapq.heappushpop(heap, (rank, record["id"]))
+    check_identities(identities, places.__getitem__)
     if samples < len(sizes):
         raise ValueError(
             f"`samples` {samples}: fewer than the {len(sizes)} strata (sources by lengths)"

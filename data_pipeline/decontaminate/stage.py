@@ -15,6 +15,7 @@ many do not: the split of the paper's Table 3.
 """
 
 import functools
+import itertools
 import json
 import time
 from collections import Counter
@@ -47,7 +48,7 @@ from data_pipeline.runner.stage import Stage, Tally, Work
 from data_pipeline.similarity.ast_match import match_rates, rapidfuzz
 from data_pipeline.similarity.shingles import BATCH_BYTES
 
-VERSION = "2"
+VERSION = "3"
 MAX_HITS = 20  # kept in a record, the closest ones
 
 
@@ -155,6 +156,7 @@ class _Comparison:
         self._solved = np.array(solved, np.int64)
         self._nodes = [problems[i].nodes for i in solved]
         self.counts = _ShardCounts()
+        self.unchecked: dict[int, str] = {}  # why the parser gave up, by number in the last batch
         self.best: dict[int, tuple[float, str]] = {}
         self.ngram_documents: Counter[int] = Counter()
         self.embedding_documents: Counter[int] = Counter()
@@ -164,6 +166,7 @@ class _Comparison:
     def hits(self, records: Sequence[Record]) -> list[list[dict[str, Json]]]:
         """The hits of each record, the closest first; n-grams, embeddings, then trees."""
         near = self._embedding_hits(records)
+        self.unchecked = {}
         rates = self._tree_hits(records)
         shared = self._ngrams.hits([r["text"] for r in records]) if self._ngrams else None
         result = []
@@ -232,7 +235,8 @@ class _Comparison:
             }
             try:
                 strings = self._worker.call(request)
-            except WorkerDied:
+            except WorkerDied as error:
+                self.unchecked[i] = str(error)
                 strings = None
             self.counts.not_parsed += strings is None
             for string in strings or ():
@@ -301,9 +305,18 @@ def decontaminate_shard(
         comparison = _Comparison(problems, config, worker, embeddings)
         for batch in _batches(shard.part, tally):
             fit = [record for _, record, broken in batch if broken is None]
-            hits = iter(comparison.hits(fit))
+            outcomes = zip(comparison.hits(fit), itertools.count(), strict=False)
             for where, record, broken in batch:
-                yield broken or _outcome(where, record, next(hits), config)
+                if broken is not None:
+                    yield broken
+                    continue
+                hits, number = next(outcomes)
+                outcome = _outcome(where, record, hits, config)
+                # What cannot be checked is not kept.
+                if number in comparison.unchecked and not isinstance(outcome, Reject):
+                    detail = f"the parser did not survive: {comparison.unchecked[number]}"
+                    outcome = Reject(record["id"], "unscannable", detail, where)
+                yield outcome
         tally.notes.append(comparison.note())
 
 

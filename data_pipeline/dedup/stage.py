@@ -2,10 +2,11 @@
 
 Exact duplicates have equal text but for white space at line ends; near duplicates have an estimated
 Jaccard similarity of their 5-word shingles of at least `near` (`minhash.py`). A first pass indexes
-the parts (`dedup_index.py`); the clusters are then found band by band with a union-find, so that
-similarity is transitive: a chain of near duplicates is one cluster. Of each cluster the document
-with the highest quality score is kept, then the one with the most stars, the longest, and the
-smallest id; a second pass writes the records.
+the parts (`index.py`); groups are then found band by band with a union-find. Of each group the
+document with the highest quality score is kept, then the one with the most stars, the longest, and
+the smallest id, and those that are near it are dropped: together they are a cluster. What is near
+it only by way of others is a group of its own, from which the best is kept in its turn, so that no
+document is dropped for one that it is not near. A second pass writes the records.
 
 The others are rejected as `duplicate` or `near_duplicate`, naming what was kept. A kept record
 gets `dup`: `{"cluster": number, "size": documents}`. `clusters.jsonl`, beside the parts, has one
@@ -37,7 +38,7 @@ from data_pipeline.runner.record_work import PartShard, broken_text, read_shard,
 from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
 from data_pipeline.similarity.minhash import choose_bands, estimate_jaccard
 
-VERSION = "1"
+VERSION = "2"
 CLUSTERS_NAME = "clusters.jsonl"
 _PAIRS = 2**16  # pairs whose signatures are compared at a time, 64 MiB
 _DECISION = [("row", "<i8"), ("cluster", "<i8"), ("size", "<i8"), ("kept", "?"), ("exact", "?")]
@@ -202,15 +203,56 @@ def _candidates(keys: NDArray[np.uint64], documents: Rows) -> Iterator[tuple[Row
     yield documents[same - 1], documents[same]
 
 
+def _split(index: Index, members: Rows, roots: Rows, exact: Rows, near: float) -> Rows:
+    """[m] the kept document that each member is near.
+
+    Args:
+        index: the index of the corpus.
+        members: [m] documents, those of a group together, the best of it first.
+        roots: [d] first document of each one's group.
+        exact: [d] first document of equal text.
+        near: smallest estimated similarity to what is kept.
+    """
+    kept = np.empty_like(members)
+    left = np.arange(len(members))
+    while len(left):
+        documents = members[left]
+        heads = np.concatenate([[True], roots[documents][1:] != roots[documents][:-1]])
+        head = documents[np.flatnonzero(heads)[np.cumsum(heads) - 1]]
+        is_near = heads | (exact[documents] == exact[head])
+        for start in range(0, len(left), _PAIRS):
+            some = slice(start, start + _PAIRS)
+            is_near[some] |= (
+                estimate_jaccard(
+                    index.gather("signatures", documents[some]),
+                    index.gather("signatures", head[some]),
+                )
+                >= near
+            )
+        kept[left[is_near]] = head[is_near]
+        left = left[~is_near]
+    return kept
+
+
+def _best_first(index: Index, members: Rows, roots: Rows) -> tuple[Rows, NDArray[Any]]:
+    """Members and their ids, by group in the order of their first documents, the best first."""
+    ranks, ids = index.gather("ranks", members), index.gather("ids", members)
+    order = np.lexsort((ids, -ranks["length"], -ranks["stars"], -ranks["score"], roots[members]))
+    return members[order], ids[order]
+
+
 def _decide(index: Index, place: Path, near: float | None, bands: int) -> None:
     """Cluster, choose what is kept, and write the table of clusters and each part's decisions."""
     roots, exact = find_clusters(index, near, bands)
     sizes = np.bincount(roots, minlength=len(index))
-    members = np.flatnonzero(sizes[roots] > 1)
-    ranks, ids = index.gather("ranks", members), index.gather("ids", members)
-    # Clusters in the order of their first documents; in each, the best document first.
-    order = np.lexsort((ids, -ranks["length"], -ranks["stars"], -ranks["score"], roots[members]))
-    members, ids = members[order], ids[order]
+    if near is not None:
+        grouped, _ = _best_first(index, np.flatnonzero(sizes[roots] > 1), roots)
+        of = _split(index, grouped, roots, exact, near)
+        first = np.full(len(index), len(index))
+        np.minimum.at(first, of, grouped)
+        roots[grouped] = first[of]
+        sizes = np.bincount(roots, minlength=len(index))
+    members, ids = _best_first(index, np.flatnonzero(sizes[roots] > 1), roots)
     heads = np.concatenate([[True], roots[members][1:] != roots[members][:-1]])[: len(members)]
     numbers = np.cumsum(heads) - 1
     kept = members[np.flatnonzero(heads)[numbers]] if len(members) else members

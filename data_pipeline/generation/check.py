@@ -5,15 +5,14 @@ states the task and a body that solves it.
 """
 
 import ast
-import io
 import re
 import warnings
 from dataclasses import dataclass
 
 from data_pipeline.records.text import DocumentError, check_text
+from data_pipeline.similarity.fences import split_fences
 
 MAX_CODE_BYTES = 65_536
-_FENCE = re.compile(r"[ ]{0,3}(`{3,}|~{3,})[ \t]*([A-Za-z0-9_]*)[^\n]*\n?")
 _PYTHON = {"python", "py", "python3"}
 _CONTROL = re.compile(r"<\|[A-Za-z_ ]{2,40}\|>|\[/?INST\]|</?s>")
 _PLACEHOLDER = re.compile(
@@ -38,34 +37,6 @@ class Exercise:
     def text(self) -> str:
         """The document to train on."""
         return self.problem + self.solution
-
-
-def split_fences(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Split a Markdown text into prose and fenced blocks (CommonMark, section 4.5).
-
-    A block ends at a fence of the same character that is at least as long as the one that opened
-    it; a block that does not end is left out. Linear in the text, whoever wrote it.
-
-    Returns:
-        The prose, and the (language in lower case, code) of each block.
-    """
-    prose: list[str] = []
-    blocks: list[tuple[str, str]] = []
-    opened: re.Match[str] | None = None
-    inside: list[str] = []
-    for line in io.StringIO(text, newline="\n"):
-        fence = _FENCE.fullmatch(line)
-        if opened is None:
-            if fence is None:
-                prose.append(line)
-            else:
-                opened, inside = fence, []
-        elif fence and line.strip() == fence[1] and fence[1].startswith(opened[1]):
-            blocks.append((opened[2].lower(), "".join(inside)))
-            opened = None
-        else:
-            inside.append(line)
-    return "".join(prose), blocks
 
 
 def parse(code: str) -> ast.Module:

@@ -43,7 +43,7 @@ from data_pipeline.llm.session import (
     traffic_report,
 )
 from data_pipeline.records.jsonl import file_sha256
-from data_pipeline.records.record import Json, Record, Reject, digest
+from data_pipeline.records.record import Json, Record, Reject, digest, record_id
 from data_pipeline.records.text import DocumentError
 from data_pipeline.runner.finished import Finished, Show, reasons
 from data_pipeline.runner.output import (
@@ -161,6 +161,7 @@ class Sifter:
             "model": self._writing.model,
             "served_model": outcome.served_model,
             "prompt": digest(self._writing.prompts[entry.kind])[:12],
+            "entry": entry.id,
             "plan": dict(entry.fields),
             "finish_reason": outcome.finish_reason,
             "usage": {"in": outcome.prompt_tokens, "out": outcome.completion_tokens},
@@ -171,6 +172,7 @@ class Sifter:
             source=entry.kind,
             lang="python" if entry.kind == "exercise" else "en",
         )
+        record["id"] = record_id(entry.id, text)  # another model writes another text of this plan
         # Later stages keep `gen`, `problem` and `solution` without knowing them.
         return cast(Record, {**record, **extra, "gen": gen})
 

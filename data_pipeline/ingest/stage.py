@@ -53,13 +53,13 @@ from data_pipeline.ingest.sources import (
     read_bytes,
 )
 from data_pipeline.ingest.stackoverflow import PostOptions, TextLimits, read_posts
-from data_pipeline.records.record import Json, Record, Reject, digest, reject_at
+from data_pipeline.records.record import Json, Record, Reject, digest, reject_at, with_content_id
 from data_pipeline.records.text import LONG_WORD, DocumentError
 from data_pipeline.runner.finished import Finished, Show, run_planned
 from data_pipeline.runner.output import write_json
 from data_pipeline.runner.stage import Stage, Tally, Work
 
-VERSION = "3"
+VERSION = "4"
 SHARD_BYTES = 32 * 2**20  # small files are gathered to shards of this size
 SHARD_FILES = 20_000
 NOTES = (
@@ -302,6 +302,8 @@ def ingest_shard(
     for unit in shard.units:
         for outcome in _read_unit(unit, options, tally):
             tally.records_in += 1
+            if not isinstance(outcome, Reject):
+                outcome = with_content_id(outcome)
             refusal = None if isinstance(outcome, Reject) else filters.refusal(outcome)
             if refusal is None or isinstance(outcome, Reject):
                 yield outcome

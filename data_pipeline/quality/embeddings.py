@@ -81,8 +81,7 @@ class Embedder:
     """
 
     def __init__(self, spec: dict[str, Json]) -> None:
-        from tokenizers import Tokenizer
-
+        from data_pipeline.tokens.tokenizer_json import read_tokenizer
         from megaphi.formats.tokenizer_files import find_tokenizer
 
         source = Path(spec["path"])
@@ -90,11 +89,7 @@ class Embedder:
             raise RunError(f"{source}: the model changed since it was described; train again")
         directory = find_tokenizer(source)
         assert directory is not None
-        self._tokenizer: Any = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        # A document that spells a special token means its letters.
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer: Any = read_tokenizer(directory / "tokenizer.json")
         load = _load_megaphi if spec["kind"] == "megaphi" else _load_huggingface
         self._hidden, self._dim, context, self._vocabulary = load(source)
         self._max_tokens = min(spec["max_tokens"], context)
@@ -103,10 +98,13 @@ class Embedder:
         """[d, hidden size] embeddings; zeros for a text without tokens."""
         import torch
 
+        from data_pipeline.tokens.tokenizer_json import tokenizer_errors
+
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            with tokenizer_errors("the model's tokenizer.json"):
+                encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
             ids = [encoding.ids[: self._max_tokens] for encoding in encoded]
             result = np.zeros((len(texts), self._dim), np.float32)
             for rows in _batches(ids):

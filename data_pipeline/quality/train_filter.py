@@ -1,9 +1,10 @@
 """Train the quality filter: labels, features, a random forest, and how far it can be trusted.
 
 The labels are records whose `quality.score` was given by `megaphi data annotate` (or by hand); the
-texts are those of the corpus to be filtered, found by record id, since a stage in between may have
-changed them. The split into training and held-out documents goes by a hash of the text, so that
-copies of a document fall on the same side and a rerun draws the same split.
+texts are those of the corpus to be filtered, found by record id. A record of another text than the
+one that was labelled stops the training. The split into training and held-out documents goes by a
+hash of the text, so that copies of a document fall on the same side and a rerun draws the same
+split.
 
 The output directory holds `manifest.json`, `forest.npz`, `report.json`, `report.txt`, and
 `training.npy`, by which the drift check leaves out the documents that the forest was trained on.
@@ -70,10 +71,10 @@ class TrainedFilter:
 
 @dataclass(frozen=True)
 class _FeatureTask:
-    """One part of the corpus, the labels of its records by id, and where its features go."""
+    """One part of the corpus, the ids that have labels, and where its features go."""
 
     shard: PartShard
-    labels: dict[str, float]
+    labels: frozenset[str]
     spec: dict[str, Json]
     directory: Path
 
@@ -88,14 +89,14 @@ class _Sample:
     sources: list[str]
 
 
-def read_labels(directory: Path) -> dict[str, float]:
-    """The score of each labelled record, by id.
+def read_labels(directory: Path) -> dict[str, tuple[float, str]]:
+    """The score of each labelled record and the digest of its text, by id.
 
     Raises:
         FileNotFoundError, RunError: the directory holds no records, or is damaged.
-        ValueError: no record has a `quality.score`, or it is not a number.
+        ValueError: no record has a `quality.score`, it is not a number, or an id has two texts.
     """
-    labels: dict[str, float] = {}
+    labels: dict[str, tuple[float, str]] = {}
     for shard in record_work([directory]).shards:
         for where, record in read_shard(shard, Tally()):
             quality = cast(dict[str, Any], record).get("quality")
@@ -108,7 +109,10 @@ def read_labels(directory: Path) -> dict[str, float]:
                 raise ValueError(f"{directory}/{where}: quality.score is not a number")
             if not math.isfinite(score):
                 raise ValueError(f"{directory}/{where}: quality.score is {score}")
-            labels[record["id"]] = float(score)
+            label = (float(score), text_digest(record["text"].encode("utf-8", "replace")).hex())
+            if labels.setdefault(record["id"], label)[1] != label[1]:
+                raise _two_texts(record["id"], f"{directory}/{where}")
+            labels[record["id"]] = label
     if not labels:
         raise ValueError(
             f"{directory}: no record has a quality.score; make labels with `megaphi data annotate`"
@@ -148,6 +152,13 @@ def train_filter_run(run: TrainFilterRun, show: Show) -> Finished:
         f"{seconds:.1f} s"
     )
     return Finished(result, line)
+
+
+def _two_texts(name: str, where: str) -> ValueError:
+    return ValueError(
+        f"{where}: the id {name} has a label for another text; make the records again with "
+        "`megaphi data ingest`, whose ids are of the text, and label them with `annotate`"
+    )
 
 
 def train_filter(
@@ -232,7 +243,7 @@ def _finished(out: Path, key: str, overwrite: bool) -> dict[str, Json] | None:
 
 
 def _gather(
-    labels: dict[str, float],
+    labels: dict[str, tuple[float, str]],
     records: Sequence[Path],
     spec: dict[str, Json],
     good_from: float,
@@ -243,7 +254,8 @@ def _gather(
     """The features of the labelled documents, in the order of the records."""
     shards: list[PartShard] = list(record_work(records).shards)
     tasks = [
-        _FeatureTask(shard, labels, spec, work.shard_directory(shard.index)) for shard in shards
+        _FeatureTask(shard, frozenset(labels), spec, work.shard_directory(shard.index))
+        for shard in shards
     ]
     seen: set[str] = set()
     rows: list[Matrix] = []
@@ -255,11 +267,13 @@ def _gather(
         features_df = np.load(task.directory / FEATURES_NAME, allow_pickle=False)
         new = []
         for place, (name, text_hash, source) in enumerate(result["found"]):
+            if text_hash != labels[name][1]:
+                raise _two_texts(name, f"{task.shard.directory / task.shard.part.name}")
             if name in seen:  # a document that lies in two of the directories counts once
                 continue
             seen.add(name)
             new.append(place)
-            scores.append(labels[name])
+            scores.append(labels[name][0])
             digests.append(bytes.fromhex(text_hash))
             sources.append(source)
         rows.append(features_df[new])

@@ -31,8 +31,9 @@ class Record(TypedDict):
     """One document of a corpus.
 
     Attributes:
-        id: 32 hexadecimal digits, the start of the SHA-256 of the source key (`record_id`): the
-            same source gives the same id on every machine and in every run.
+        id: 32 hexadecimal digits, the start of a SHA-256 over the place in the source and the text
+            (`with_content_id`): the same on every machine and in every run, and never that of
+            another text. A stage that changes a text changes its id.
         text: the document, valid Unicode without NUL or surrogates, lines ending in line feed.
         source: a label such as `stack`, `stackoverflow`, `textbook`, `exercise`, `local`.
         lang: programming or natural language.
@@ -85,6 +86,16 @@ class Reject:
 def record_id(source: str, key: str) -> str:
     """The stable id of a document: 32 hexadecimal digits of SHA-256 over (source label, key)."""
     return hashlib.sha256(f"{source}\0{key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def with_content_id(record: Record) -> Record:
+    """The record with an id made of the one that it has, its text, and what says where it is from.
+
+    File names alone would give equal ids to different documents.
+    """
+    origin = [record.get(key) for key in ("repo", "path", "revision", "url")]
+    record["id"] = record_id(record["id"], json.dumps([record["text"], *origin]))
+    return record
 
 
 def reject_at(source: str, position: str, reason: str, detail: str) -> Reject:

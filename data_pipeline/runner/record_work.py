@@ -1,13 +1,19 @@
 """Stages from records to records: their shards are the part files of records directories."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.records.record import Json, Record, Reject, read_part
 from data_pipeline.runner.output import Manifest, PartFile, check_part, read_manifest
-from data_pipeline.runner.stage import Tally, Work
+from data_pipeline.runner.stage import IDENTITIES_NAME, Tally, Work
+from megaphi.errors import RunError
+
+_IDENTITY = np.dtype([("id", "<u8", 2), ("text", "<u8")])
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,56 @@ def record_work(
         describe=lambda recorded: describe(),
         identify=describe,
         finish=finish,
+        check=lambda shards: _check_shards(parts, shards),
     )
+
+
+def identity(record: Record) -> bytes:
+    """24 bytes by which `check_identities` knows id and text."""
+    name, text = (record[key].encode("utf-8", "surrogatepass") for key in ("id", "text"))  # type: ignore[literal-required]
+    return (
+        hashlib.blake2b(name, digest_size=16).digest()
+        + hashlib.blake2b(text, digest_size=8).digest()
+    )
+
+
+def check_identities(identities: bytes | bytearray, where: Callable[[int], str]) -> None:
+    """Check that no id stands for two texts: labels and decisions would go to the wrong one.
+
+    Args:
+        identities: of all records, one after the other.
+        where: the position of a record by its number, for the message.
+
+    Raises:
+        RunError: one does.
+    """
+    rows = np.frombuffer(identities, _IDENTITY)
+    order = np.lexsort((rows["text"], rows["id"][:, 1], rows["id"][:, 0]))
+    rows = rows[order]
+    same = (rows["id"][1:] == rows["id"][:-1]).all(axis=1)
+    clash = np.flatnonzero(same & (rows["text"][1:] != rows["text"][:-1]))
+    if len(clash):
+        first, second = sorted((int(order[clash[0]]), int(order[clash[0] + 1])))
+        raise RunError(
+            f"{where(first)} and {where(second)} are different texts of one id, and "
+            f"{len(clash) - 1} more such pairs follow: ids were once made of file names; make "
+            "these records again with `megaphi data ingest` or `generate`, or use one directory at "
+            "a time"
+        )
+
+
+def _check_shards(parts: Sequence[tuple[Path, PartFile]], shards: Sequence[Path]) -> None:
+    """`check_identities` over the files that the shards of a stage left."""
+    files = [path / IDENTITIES_NAME for path in shards]
+    data = [file.read_bytes() if file.is_file() else b"" for file in files]
+    bounds = np.cumsum([0, *(len(each) // _IDENTITY.itemsize for each in data)])
+
+    def where(number: int) -> str:
+        shard = int(np.searchsorted(bounds, number, side="right")) - 1
+        directory, part = parts[shard]
+        return f"{directory / part.name}:{number - int(bounds[shard]) + 1}"
+
+    check_identities(b"".join(data), where)
 
 
 def read_shard(shard: PartShard, tally: Tally) -> Iterator[tuple[str, Record]]:
@@ -92,6 +147,7 @@ def read_shard(shard: PartShard, tally: Tally) -> Iterator[tuple[str, Record]]:
     path = check_part(shard.directory, shard.part)
     for number, (_, record) in enumerate(read_part(path), start=1):
         tally.records_in += 1
+        tally.identities += identity(record)
         yield f"{shard.part.name}:{number}", record
 
 

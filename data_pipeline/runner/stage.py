@@ -35,6 +35,7 @@ from data_pipeline.runner.output import (
 from megaphi.durable import sync
 from megaphi.errors import RunError, TooManyRejects
 
+IDENTITIES_NAME = "identities"  # in a shard's directory
 PART_BYTES = 32 * 2**20  # a part file is closed once it has grown to this, before compression
 
 
@@ -46,11 +47,13 @@ class Tally:
         records_in: documents read.
         inputs: what identifies them, for `Work.describe`.
         notes: what the stage wants to say about the shard as a whole, for `Work.finish`.
+        identities: of the records read, for `Work.check`.
     """
 
     records_in: int = 0
     inputs: list[Json] = field(default_factory=list)
     notes: list[Json] = field(default_factory=list)
+    identities: bytearray = field(default_factory=bytearray)
 
 
 class ShardFunction(Protocol):
@@ -149,6 +152,7 @@ def _run_shard(task: tuple[Stage, Any, Path]) -> dict[str, Json]:
     finally:
         parts.close()
         rejects.close()
+    (attempt / IDENTITIES_NAME).write_bytes(tally.identities)
     result: dict[str, Json] = {
         "records_in": tally.records_in,
         "records_out": records_out,
@@ -188,6 +192,7 @@ class Work:
             and not when a finished output is reused.
         finish: called with the work directory and each shard's `Tally.notes`, in order, before
             the output is published; it may put reports beside the parts.
+        check: called with the directories of all shards once they are done; may refuse to go on.
     """
 
     shards: Sequence[Any]
@@ -196,6 +201,7 @@ class Work:
     identify: Callable[[], list[dict[str, Json]]]
     prepare: Callable[[], None] = lambda: None
     finish: Callable[[Path, list[list[Json]]], None] = lambda directory, notes: None
+    check: Callable[[list[Path]], None] = lambda shards: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +270,7 @@ def run_stage(
     try:
         work.prepare()
         results = _run_shards(stage, work, directory, options)
+        work.check([directory.shard_directory(index) for index in range(len(results))])
         manifest = _gather(stage, work, directory, results, seed)
         work.finish(directory.path, [result.get("notes", []) for result in results])
         run = {

@@ -9,7 +9,6 @@ Levenshtein's distance, computed exactly for every pair by rapidfuzz.
 
 import ast
 import importlib
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -19,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.records.record import Json
+from data_pipeline.similarity.fences import split_fences
 
 _IGNORED_FIELDS = {"annotation", "ctx", "decorator_list", "returns", "type_comment", "type_ignores"}
-_FENCE = re.compile(r"^```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_PYTHON = ("", "python", "py", "python3")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _FIRST_SYMBOL = (
     0x23  # printable ASCII without the quote; JSON then carries most symbols as they are
@@ -93,12 +93,16 @@ def functions_of(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFuncti
 
 
 def parse(text: str) -> ast.Module | None:
-    """The tree of a source text, None where it does not parse."""
+    """The tree of a source text, None where it is not Python.
+
+    Raises:
+        MemoryError, RecursionError: the parser cannot tell.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return ast.parse(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError):
         return None
 
 
@@ -117,7 +121,8 @@ def function_strings(request: dict[str, Json]) -> list[str] | None:
     if tree is not None:
         trees = [tree]
     else:
-        blocks = [parse(block) for block in _FENCE.findall(request["text"])]
+        _, fenced = split_fences(request["text"], unended=True)
+        blocks = [parse(code) for language, code in fenced if language in _PYTHON]
         trees = [block for block in blocks if block is not None]
         if not trees:
             return None

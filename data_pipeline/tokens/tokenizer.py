@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from data_pipeline.tokens.tokenizer_json import read_tokenizer, tokenizer_errors
+
 END_OF_TEXT = "<|endoftext|>"
 SPACE_RUNS = tuple(" " * length for length in range(31, 1, -1))
 TAB_RUNS = tuple("\t" * length for length in range(9, 1, -1))
@@ -79,10 +81,7 @@ def load_tokenizer(name: str | Path) -> "DocumentTokenizer":
 
 
 def _load_file(path: Path, name: str) -> "DocumentTokenizer":
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    tokenizer = read_tokenizer(path)
     config_path = path.with_name("tokenizer_config.json")
     end = END_OF_TEXT
     if config_path.is_file():
@@ -261,7 +260,8 @@ class DocumentTokenizer:
         return [next(slow) if is_special else next(fast) for is_special in special]
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with tokenizer_errors(self.name):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
@@ -269,9 +269,10 @@ class DocumentTokenizer:
 
         For byte-level tokenizers without normalisation `decode(encode(text)) == text`.
         """
-        text: str = self._tokenizer.decode(
-            np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False
-        )
+        with tokenizer_errors(self.name):
+            text: str = self._tokenizer.decode(
+                np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False
+            )
         return text
 
     def save(self, directory: Path) -> None:

@@ -169,6 +169,34 @@ def test_clusters_are_those_of_brute_force(tmp_path: Path) -> None:
     assert sizes == {c["kept"]: c["size"] for c in table}
 
 
+def test_nothing_is_dropped_that_is_not_near_what_is_kept(tmp_path: Path) -> None:
+    """Chains: each text is near its neighbours, the ends are not near each other."""
+    draw = random.Random(11)
+    texts = []
+    for _ in range(5):
+        pieces = code(draw, 400)
+        for step in range(12):
+            texts.append("".join(pieces))
+            for place in draw.sample(range(len(pieces)), 4):
+                pieces[place] = f"step{step}x{place} "
+    draw.shuffle(texts)
+    near = 0.85
+    records = write_records(tmp_path, [[{"text": text} for text in texts]])
+    run([records], tmp_path / "out", near=near)
+    by_id = {record["id"]: record["text"] for record in read(records)}
+    kept = {record["id"] for record in read(tmp_path / "out")}
+    rejects = read(tmp_path / "out", "rejected")
+    assert len(rejects) > 15
+    for reject in rejects:
+        found = re.match(r"of (\w+), ", reject["detail"])
+        assert found is not None
+        assert found[1] in kept
+        # an estimate from 128 values: three standard deviations
+        assert jaccard(by_id[found[1]], by_id[reject["id"]]) > near - 0.1
+    apart = [jaccard(by_id[a], by_id[b]) for a in kept for b in kept if a < b]
+    assert max(apart) < near + 0.1, "nor are two kept that are near each other"
+
+
 def test_recall_at_and_above_the_threshold() -> None:
     draw = random.Random(5)
     near, bands_rows = 0.85, choose_bands(0.85)

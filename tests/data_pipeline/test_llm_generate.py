@@ -153,7 +153,8 @@ def test_exercises_become_records(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert json.loads(capsys.readouterr().out)["reused"] is True
         assert main(generate(plan, server.url, out, "--overwrite")) == 0
         assert len(server.asked) == asked == 12, "the ledger answers"
-    kept = {record["id"]: record for _, record in read_records([out])}
+    made: list[Any] = [record for _, record in read_records([out])]
+    kept = {record["gen"]["entry"]: record for record in made}
     assert set(kept) == {entry.id for entry in (entries[0], *entries[9:])}
     for entry in (entries[0], *entries[9:]):
         record: Any = kept[entry.id]
