@@ -124,7 +124,7 @@ def corpus(seed: int, families: int = 40) -> list[str]:
 
 
 def components(texts: list[str], near: float) -> list[set[int]]:
-    """Clusters by brute force: connected components of the pairs of at least `near`."""
+    """Clusters by brute force: of connected components of the pairs of at least `near`."""
     sets = [shingle_set(text) for text in texts]
     groups = [{i} for i in range(len(texts))]
     for i in range(len(texts)):
@@ -136,7 +136,19 @@ def components(texts: list[str], near: float) -> list[set[int]]:
                 groups[i] |= groups[j]
                 for member in groups[j]:
                     groups[member] = groups[i]
-    return sorted({id(g): g for g in groups if len(g) > 1}.values(), key=min)
+    found = []
+    for group in {id(g): g for g in groups if len(g) > 1}.values():
+        # the longest is kept and takes those that are near it; then the next of what is left
+        left = sorted(group, key=lambda i: -len(texts[i].encode()))
+        while left:
+            near_it = {
+                i
+                for i in left
+                if len(sets[i] & sets[left[0]]) / len(sets[i] | sets[left[0]]) >= near
+            }
+            found.append(near_it)
+            left = [i for i in left if i not in near_it]
+    return sorted((group for group in found if len(group) > 1), key=min)
 
 
 def test_clusters_are_those_of_brute_force(tmp_path: Path) -> None:
