@@ -24,7 +24,7 @@ class RunError(RuntimeError):
 
 
 class TooManyRejects(RunError):
-    """A corpus stage refused more records than `--max-reject` allows (exit 3)."""
+    """A corpus stage refused more records than the user allows (exit 3)."""
 
 
 class Preempted(Exception):

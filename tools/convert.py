@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.option_names import flags_of, translated
 from tools.threads import wait_without_spinning
 
 
@@ -78,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit status."""
     wait_without_spinning()
     options = _parser().parse_args(argv)
-    result = _convert(options)
+    with translated(flags_of(options)):
+        result = _convert(options)
     if options.json:
         print(json.dumps(result))
         return 0

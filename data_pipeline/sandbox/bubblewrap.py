@@ -10,7 +10,7 @@ from data_pipeline.sandbox.packages import NO_PACKAGES, Packages
 
 INSTALL = (
     "install bubblewrap (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install "
-    "bubblewrap) where user namespaces are allowed, or give --unsafe-no-sandbox to run "
+    "bubblewrap) where user namespaces are allowed, or set `unsafe_no_sandbox` to run "
     "model-written code with your own rights"
 )
 NOBODY = 65534

@@ -52,7 +52,7 @@ def find_packages(names: list[str] | None) -> Packages:
     for name in wanted:
         if name not in distributions:
             raise ValueError(
-                f"--package {name}: no installed package provides it; install it first, and give "
+                f"`package` {name}: no installed package provides it; install it first, and give "
                 "the name that programs import"
             )
         distribution = distributions[name][0]

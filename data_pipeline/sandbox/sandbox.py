@@ -187,7 +187,7 @@ class Sandbox:
             self.close()
             name, reason = next(iter(absent.items()))
             raise ValueError(
-                f"--package {name}: the sandbox's Python cannot import it ({reason}); it runs "
+                f"`package` {name}: the sandbox's Python cannot import it ({reason}); it runs "
                 f"{command[-1]}, as a user who must be able to read the package"
             )
         self.packages = {name: v for name, v in packages.versions if name not in absent}
@@ -269,7 +269,7 @@ def describe_isolation(isolate: bool, packages: Mapping[str, str] | None = None)
     """What the results say about how programs were run."""
     given = "".join(f", {name} {version}" for name, version in (packages or {}).items())
     if not isolate:
-        return "NONE: --unsafe-no-sandbox" + given
+        return "NONE: unsafe_no_sandbox" + given
     version = subprocess.run(
         ["bwrap", "--version"], capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -219,7 +219,7 @@ def check_same_order(before: dict[str, Any], now: dict[str, Any], directory: Pat
     if before.get("data.planned_samples") != now["data.planned_samples"]:
         hint = (
             "the order is drawn for train.steps x train.global_batch_size samples; to lengthen or "
-            f"rebatch this run add --data.planned_samples={before.get('data.planned_samples')}"
+            f"rebatch this run set data.planned_samples={before.get('data.planned_samples')}"
         )
     raise ValueError(
         f"resuming {directory} would change the order of the data: {', '.join(different)}; {hint}"

@@ -64,7 +64,7 @@ def check_token_files(recipe: Recipe) -> dict[str, TokenFileInfo]:
         if info.vocab_size > recipe.model.vocab_size:
             raise ValueError(
                 f"{prefix}: its tokenizer {info.tokenizer} has {info.vocab_size} ids, "
-                f"model.vocab_size is {recipe.model.vocab_size}; set --model.vocab_size to at "
+                f"model.vocab_size is {recipe.model.vocab_size}; set model.vocab_size to at "
                 f"least {info.vocab_size}"
             )
         for other, known in infos.items():

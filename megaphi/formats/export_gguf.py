@@ -58,9 +58,7 @@ def export_gguf(
         weights = open_weights(directory)
         tokenizer_dir = tokenizer_dir or find_tokenizer(directory)
         if tokenizer_dir is None:
-            raise ValueError(
-                f"{directory}: no tokenizer.json; name its directory with --tokenizer DIR"
-            )
+            raise ValueError(f"{directory}: no tokenizer.json; name its directory as `tokenizer`")
         vocabulary = read_vocabulary(tokenizer_dir, weights.config.vocab_size)
         provenance = read_provenance(directory)
         labels = Labels(name or provenance.name, license_id)
@@ -100,8 +98,8 @@ def _find_quantizer(type_name: str) -> str | None:
     found = shutil.which(_QUANTIZER)
     if found is None:
         raise ValueError(
-            f"--type {type_name} is made by llama.cpp's {_QUANTIZER}, which is not on PATH; build "
-            f"llama.cpp (cmake --build build --target {_QUANTIZER}), or take --type Q8_0"
+            f"`type` {type_name} is made by llama.cpp's {_QUANTIZER}, which is not on PATH; build "
+            f"llama.cpp (cmake --build build --target {_QUANTIZER}), or take `type` Q8_0"
         )
     return found
 

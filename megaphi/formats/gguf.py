@@ -152,7 +152,7 @@ def encode(
     elif kind == types.F16:
         halves = tensor_f32.half()
         if overflows(tensor_f32, halves):
-            raise ValueError(f"{name} has values too large for F16; take --type BF16 or F32")
+            raise ValueError(f"{name} has values too large for F16; take `type` BF16 or F32")
         array = halves.numpy()
     elif kind == types.BF16:
         array = tensor_f32.bfloat16().view(torch.uint8).numpy()

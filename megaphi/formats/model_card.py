@@ -37,7 +37,7 @@ def read_scores(directory: Path, identity: str | None) -> list[Score]:
     """Read the results of `megaphi evaluate` of this model.
 
     Args:
-        directory: what `--out` of the evaluation named.
+        directory: the output directory of the evaluation.
         identity: see `Provenance.identity`.
 
     Raises:

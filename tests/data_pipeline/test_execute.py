@@ -159,7 +159,7 @@ def test_refuses_without_isolation(
     assert not (tmp_path / "out").exists()
     assert main(execute(records, tmp_path / "out", "--unsafe-no-sandbox")) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["isolation"].startswith("NONE: --unsafe-no-sandbox")
+    assert result["isolation"].startswith("NONE: unsafe_no_sandbox")
     ran = [record for record in read(tmp_path / "out") if "execution" in record]
     assert result["exercises"] == len(ran) + len(read(tmp_path / "out", "rejected"))
     assert len(read(tmp_path / "out")) == 1

@@ -77,7 +77,7 @@ def described_tokens(prefix: Path, tokenizer: str, vocab_size: int) -> Path:
 
 def test_tokenizer_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = described_tokens(tmp_path / "wide", "a", 900)
-    fails(toy_options(wide, tmp_path / "run"), 2, ["900 ids", "--model.vocab_size"], capsys)
+    fails(toy_options(wide, tmp_path / "run"), 2, ["900 ids", "model.vocab_size"], capsys)
     first = described_tokens(tmp_path / "first", "b", 300)
     second = described_tokens(tmp_path / "second", "c", 300)
     options = [o for o in toy_options(first, tmp_path / "run") if "split" not in o]
@@ -180,7 +180,7 @@ def test_resume_refuses_what_would_change_the_run(
 ) -> None:
     options, run_dir = finished
     longer = [*options, "--train.steps=40"]
-    fails(longer, 2, ["order of the data", "--data.planned_samples=160"], capsys)
+    fails(longer, 2, ["order of the data", "data.planned_samples=160"], capsys)
     fails([*options, "--train.seed=5"], 2, ["train.seed was 1234, is 5"], capsys)
     fails([*options, "--model.num_layers=3"], 2, ["model.num_layers was 2, is 3"], capsys)
     fails([*options, "--checkpoint.resume=never"], 2, ["already has checkpoints"], capsys)

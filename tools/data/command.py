@@ -23,7 +23,8 @@ import json
 from collections.abc import Sequence
 
 from tools.data.parser import find_verb, parse
-from tools.data.stage_options import as_flags, translate, translated
+from tools.data.stage_options import flags_of_stage
+from tools.option_names import translate, translated
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,8 +38,9 @@ def main(argv: Sequence[str]) -> int:
     options, as_json = parse(verb, argv)
     from tools.data.execution import run_verb
 
-    with translated(verb.stage, as_flags):
+    typed = flags_of_stage(verb.stage)
+    with translated(typed):
         done = run_verb(argv[0], verb, options)
     result = {"verb": argv[0], **done.result}
-    print(json.dumps(result) if as_json else translate(done.line, verb.stage, as_flags))
+    print(json.dumps(result) if as_json else translate(done.line, typed))
     return 0

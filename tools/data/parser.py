@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tools.data.stage_options import (
     add_arguments,
-    as_flags,
+    flags_of_stage,
     options_of,
     read_options,
-    translated,
 )
+from tools.option_names import translated
 
 if TYPE_CHECKING:
     from data_pipeline.runner.finished import Finished, Show
@@ -149,7 +149,7 @@ def parse(verb: Verb, argv: Sequence[str]) -> tuple[Any, bool]:
     given = vars(parser.parse_args(words))
     as_json = "json" in given
     given = {name: [value] if isinstance(value, str) else value for name, value in given.items()}
-    with translated(verb.stage, as_flags):
+    with translated(flags_of_stage(verb.stage)):
         return read_options(verb.stage, given), as_json
 
 

@@ -12,15 +12,12 @@ takes longer than all of `megaphi data VERB --help` may.
 import argparse
 import collections.abc
 import functools
-import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from data_pipeline.runner.options import Form
-from megaphi.errors import RunError
 
 _LISTS = (tuple, collections.abc.Sequence)
 
@@ -281,34 +278,17 @@ def _docs(owner: type) -> dict[str, str]:
 # ---- messages ----------------------------------------------------------------------------------
 
 
-def as_flags(option: Option) -> str:
-    """An option as a user of the command line types it."""
+def flags_of_stage(stage: type) -> dict[str, str]:
+    """How a user of the command line types the options of a stage, by their fields."""
+    return {name: _flag(option) for name, option in options_of(stage).items()}
+
+
+def _flag(option: Option) -> str:
     if option.positional:
         return option.placeholder
     return f"{option.name} (--{option.key})" if option.default is True else f"--{option.key}"
 
 
-def as_keys(option: Option) -> str:
-    """An option as a user of a recipe writes it."""
-    return option.key.replace("-", "_")
-
-
-def translate(text: str, stage: type, typed: Callable[[Option], str]) -> str:
-    """Write the options that a message of the library names in backticks as the user typed them."""
-    known = options_of(stage)
-
-    def write(match: re.Match[str]) -> str:
-        return typed(known[match[1]]) if match[1] in known else match[0]
-
-    return re.sub(r"`(\w+)`", write, text)
-
-
-@contextmanager
-def translated(stage: type, typed: Callable[[Option], str]) -> Iterator[None]:
-    """Translate the errors that the block raises."""
-    try:
-        yield
-    except (ValueError, RunError, OSError) as error:
-        if len(error.args) == 1 and isinstance(error.args[0], str):
-            error.args = (translate(error.args[0], stage, typed),)
-        raise
+def keys_of_stage(stage: type) -> dict[str, str]:
+    """How a user of a recipe writes the options of a stage, by their fields."""
+    return {name: option.key.replace("-", "_") for name, option in options_of(stage).items()}

@@ -44,6 +44,7 @@ from tools.evaluation.report import read_similarity, render, summarise
 from tools.evaluation.store import Key, RowFile, open_directory
 from tools.evaluation.suites import Problem, Suite, load_suite
 from tools.model_options import check_sampling, choose_device, tokenizer_file
+from tools.option_names import flags_of, translated
 from tools.threads import wait_without_spinning
 
 _DEFAULT_KS = (1, 10, 100)
@@ -102,8 +103,8 @@ def main(argv: Sequence[str]) -> int:
     options = evaluation_parser(__doc__ or "").parse_args(argv)
     if options.compare is not None:
         return _compare(options)
-    job = _check(options)
-    job = _try_sandbox(job)
+    with translated(flags_of(options)):
+        job = _try_sandbox(_check(options))
     if options.all_checkpoints:
         summary = _evaluate_run(job)
     elif options.model is not None:

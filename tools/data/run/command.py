@@ -23,7 +23,8 @@ from tools.data.parser import STAGES
 from tools.data.run.estimate import estimate
 from tools.data.run.options import RecipeRun
 from tools.data.run.recipe import CorpusRecipe, StageCall, read_recipe, unknown
-from tools.data.stage_options import argv_of, as_keys, changed, translate, translated, values_of
+from tools.data.stage_options import argv_of, changed, keys_of_stage, values_of
+from tools.option_names import translate, translated
 
 STATE_NAME = "run.json"
 # Paths that a stage makes: they need not be there when it begins.
@@ -124,7 +125,7 @@ class _Runner:
                     file=sys.stderr,
                 )
                 raise
-            self._say(translate(done.line, type(call.options), as_keys))
+            self._say(translate(done.line, keys_of_stage(type(call.options))))
             result = {"verb": call.verb, **done.result}
             self._row(call, result, "reused" if result.get("reused") else "made", started)
             self._save()
@@ -153,7 +154,7 @@ class _Runner:
             self._made[call.name] = self._key(call)
             self._save()
             ours = True
-        with translated(verb.stage, as_keys):
+        with translated(keys_of_stage(verb.stage)):
             try:
                 return run_verb(call.verb, verb, call.options)
             except OtherOutput:

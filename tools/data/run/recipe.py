@@ -26,7 +26,8 @@ from typing import Any
 import yaml
 
 from tools.data.parser import STAGES
-from tools.data.stage_options import Option, as_keys, options_of, read_options, translated
+from tools.data.stage_options import Option, keys_of_stage, options_of, read_options
+from tools.option_names import translated
 
 SECTIONS = ("work", "variables", "prices", "stages")
 # What stands beside the options of a verb.
@@ -238,7 +239,7 @@ class _Reader:
                     given[option.name] = [expand(word, str(key)) for word in words]
         self._add_inputs(name, verb, given, [str(outs[other]) for other in inputs])
         try:
-            with translated(STAGES[verb].stage, as_keys):
+            with translated(keys_of_stage(STAGES[verb].stage)):
                 options = read_options(STAGES[verb].stage, given)
         except ValueError as error:
             raise self.error(f"stage {name}: {error}; see `megaphi data {verb} --help`") from None
@@ -250,7 +251,7 @@ class _Reader:
 
     def _words(self, name: str, option: Option, value: Any) -> list[Any] | None:
         """The values of an option; None for a flag that is not set."""
-        key = as_keys(option)
+        key = _key(option)
         if option.is_flag:
             if not isinstance(value, bool):
                 raise self.error(f"stage {name}: {key} is true or false, not {value}")
@@ -266,9 +267,9 @@ class _Reader:
         last = [option for option in _keys(verb).values() if option.positional][-1:]
         for option in last:
             if inputs and option.name in given:
-                raise self.error(f"stage {name}: give either inputs or {as_keys(option)}, not both")
+                raise self.error(f"stage {name}: give either inputs or {_key(option)}, not both")
             if not inputs and not given.get(option.name):
-                raise self.error(f"stage {name}: {as_keys(option)} or inputs is missing")
+                raise self.error(f"stage {name}: {_key(option)} or inputs is missing")
         if inputs and not last:
             raise self.error(f"stage {name}: {verb} reads no output of another stage; drop inputs")
         if inputs:
@@ -302,6 +303,11 @@ class _Reader:
 
 def _dashed(key: Any) -> str:
     return str(key).replace("_", "-")
+
+
+def _key(option: Option) -> str:
+    """An option as it stands in a recipe."""
+    return option.key.replace("-", "_")
 
 
 def _keys(verb: str) -> dict[str, Option]:
