@@ -32,6 +32,9 @@ VALUES = {
     "ngram": "11",
     "rename": "seed=dice",
     "tokens": "1000",
+    "depth": "3",
+    "wrong": None,  # of exercises alone, as repetition is; the kind here is a suite
+    "repetition": None,
 }
 
 
