@@ -35,6 +35,7 @@ VALUES = {
     "depth": "3",
     "wrong": None,  # of exercises alone, as repetition is; the kind here is a suite
     "repetition": None,
+    "compositions": None,
 }
 
 
