@@ -5,8 +5,7 @@
     megaphi convert from-hf HF_DIR OUT_DIR       a checkpoint that training can start from
 
 Tensors stream through memory one at a time. The result appears by one rename when all of it is
-written, so a conversion that was killed leaves nothing that looks finished; to-hf and from-hf, run
-again, go on with the files that were finished.
+written, so a conversion that was killed leaves nothing that looks finished.
 """
 
 import argparse
@@ -124,8 +123,6 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
 def _remarks(result: dict[str, Any]) -> str:
     """What else there is to say of a conversion."""
     remarks = ""
-    if result.get("reused"):
-        remarks += f", {result['reused']} of them finished by an earlier attempt"
     if result.get("verified"):
         error = result.get("quantization_error", 0.0)
         remarks += (

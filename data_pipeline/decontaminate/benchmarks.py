@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.decontaminate.options import Fields
-from data_pipeline.records.jsonl import file_sha256, open_jsonl, read_lines
+from data_pipeline.records.jsonl import open_jsonl, read_lines
 from data_pipeline.records.record import Json
 from data_pipeline.similarity.ast_match import functions_of, node_string, parse
+from megaphi.durable import file_sha256
 
 _MAX_NODES = 10_000
 

@@ -30,7 +30,7 @@ from data_pipeline.records.jsonl import (
 from data_pipeline.records.record import record_id
 from data_pipeline.runner.finished import Finished, Show
 from data_pipeline.runner.output import OtherOutput, is_made
-from megaphi.durable import sync
+from megaphi.durable import rename_durably
 
 KINDS = ("textbook", "exercise")
 FIELDS = {
@@ -230,8 +230,7 @@ def write_plan(
     except OtherOutput:
         partial.unlink()
         raise
-    partial.replace(path)
-    sync(path.parent)
+    rename_durably(partial, path)
     return writer.lines, writer.sha256, same
 
 

@@ -42,7 +42,6 @@ from data_pipeline.llm.session import (
     ask_server,
     traffic_report,
 )
-from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, Record, Reject, digest, record_id
 from data_pipeline.records.text import DocumentError
 from data_pipeline.runner.finished import Finished, Show, reasons
@@ -51,6 +50,7 @@ from data_pipeline.runner.output import (
     write_json,
 )
 from data_pipeline.runner.stage import Options, Stage, Tally, Work, finished_output, run_stage
+from megaphi.durable import file_sha256
 from megaphi.errors import RunError
 
 VERSION = "2"

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import digest
+from megaphi.durable import file_sha256
 
 Kind = Literal["python", "jsonl", "parquet", "archive", "posts", "hub"]
 

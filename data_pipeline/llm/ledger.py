@@ -16,7 +16,6 @@ process was killed, is cut off.
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import time
@@ -29,6 +28,7 @@ from data_pipeline.llm.batch_journal import Member, OpenBatch, apply_batch_line
 from data_pipeline.llm.prices import dollars
 from data_pipeline.llm.thoughts import without_thoughts
 from data_pipeline.records.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
+from megaphi.durable import open_locked
 from megaphi.errors import RunError
 
 
@@ -104,13 +104,12 @@ class Ledger:
         self._flushing = asyncio.Lock()
         self._settled = asyncio.Event()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._size = self._replay()
+            self._file = open_locked(path)
         except BlockingIOError:
-            os.close(self._file)
             raise RunError(f"{path}: another process is using the ledger; wait for it") from None
+        try:
+            self._size = self._replay()
         except BaseException:
             os.close(self._file)
             raise

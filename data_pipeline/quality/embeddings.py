@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json
+from megaphi.durable import file_sha256
 from megaphi.errors import RunError
 
 BATCH_TOKENS = 8192

@@ -27,7 +27,6 @@ from data_pipeline.quality.forest import Forest, Scores, load_forest
 from data_pipeline.quality.metrics import drift, threshold_for_precision
 from data_pipeline.quality.options import FilterRun, Selection
 from data_pipeline.quality.train_filter import FOREST_NAME, REPORT_NAME, STAGE, TRAINING_NAME
-from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, Record, Reject, digest
 from data_pipeline.runner.executors import run_shards
 from data_pipeline.runner.finished import Finished, Show, finished_records, run_options
@@ -44,6 +43,7 @@ from data_pipeline.runner.record_work import PartShard, broken_text, read_shard,
 from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
 from data_pipeline.similarity.digest import text_digest
 from data_pipeline.similarity.shingles import mix
+from megaphi.durable import file_sha256
 from megaphi.errors import RunError
 
 VERSION = "1"

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.records.jsonl import file_sha256
-from megaphi.durable import sync
+from megaphi.durable import file_sha256, sync
 from megaphi.errors import RunError
 
 Scores = NDArray[np.float64]

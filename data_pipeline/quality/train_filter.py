@@ -32,7 +32,6 @@ from data_pipeline.quality.metrics import (
     reference_bins,
 )
 from data_pipeline.quality.options import TrainFilterRun, TrainingOptions
-from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, digest
 from data_pipeline.runner.executors import Executor, LocalExecutor, cores, executor_of, run_shards
 from data_pipeline.runner.finished import Finished, Show
@@ -48,7 +47,7 @@ from data_pipeline.runner.output import (
 from data_pipeline.runner.record_work import PartShard, read_manifests, read_shard, record_work
 from data_pipeline.runner.stage import Tally
 from data_pipeline.similarity.digest import text_digest
-from megaphi.durable import sync
+from megaphi.durable import file_sha256, sync
 from megaphi.errors import RunError
 
 VERSION = "1"

@@ -5,12 +5,12 @@ string, so files are split as bytes and never with `str.splitlines`, which would
 in two.
 """
 
-import hashlib
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+from megaphi.durable import HashedFile
 
 MAX_LINE_BYTES = 64 * 2**20  # longer lines are refused without being held in memory
 READ_BYTES = 2**20
@@ -156,8 +156,7 @@ class LineWriter:
         self.path = path
         self.lines = 0
         self.text_bytes = 0
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO = path.open("wb", buffering=READ_BYTES)
+        self._file = HashedFile(path)
         self._compressor = None
         if path.suffix == ZSTD_SUFFIX:
             self._compressor = _zstandard().ZstdCompressor(level=ZSTD_LEVEL).compressobj()
@@ -165,24 +164,18 @@ class LineWriter:
     @property
     def sha256(self) -> str:
         """SHA-256 of the file, hexadecimal; complete once closed."""
-        return self._hash.hexdigest()
+        return self._file.sha256
 
     def write(self, line: bytes) -> None:
         """Append one line, which ends in a line feed."""
         self.lines += 1
         self.text_bytes += len(line)
-        self._put(line if self._compressor is None else self._compressor.compress(line))
-
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+        self._file.write(line if self._compressor is None else self._compressor.compress(line))
 
     def close(self) -> None:
         """Write what is pending, flush to the disk and close."""
         if self._compressor is not None:
-            self._put(self._compressor.flush())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            self._file.write(self._compressor.flush())
         self._file.close()
 
     def __enter__(self) -> "LineWriter":
@@ -190,13 +183,3 @@ class LineWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, digest
 from data_pipeline.report.measures import LEVELS, Scanned, corpus_measures
 from data_pipeline.report.options import ReportRun
@@ -27,7 +26,7 @@ from data_pipeline.runner.output import (
 )
 from data_pipeline.runner.record_work import PartShard, read_manifests, record_work
 from data_pipeline.similarity.minhash import choose_bands
-from megaphi.durable import write_durably
+from megaphi.durable import file_sha256, write_durably
 from megaphi.errors import RunError
 
 VERSION = "1"

@@ -13,7 +13,6 @@ nothing a straggler writes can end up in the output.
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -24,9 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.records.jsonl import file_sha256
 from data_pipeline.records.record import Json, digest
-from megaphi.durable import sync, write_durably
+from megaphi.durable import file_sha256, open_locked, rename_durably, sync, write_durably
 from megaphi.errors import RunError
 
 MANIFEST_NAME = "manifest.json"
@@ -215,7 +213,7 @@ class WorkDirectory:
         ours = (path / LOCK_NAME).exists() or (path / MANIFEST_NAME).exists()
         if any(path.iterdir()) and not ours:
             raise ValueError(f"{path}: in the way of the work directory; move it or change `out`")
-        self._take_lock(fcntl.LOCK_EX)
+        self._take_lock()
         self.resumed = plan_file.is_file() and plan_file.read_text(encoding="ascii") == plan
         self._clear(keep_shards=self.resumed)
         (path / SHARDS_NAME).mkdir(exist_ok=True)
@@ -226,7 +224,7 @@ class WorkDirectory:
         self.resumed = True
         if not plan_file.is_file():
             raise RunError(f"{self.path}: nothing is planned there; submit the stage first")
-        self._take_lock(fcntl.LOCK_SH)
+        self._take_lock(shared=True)
         if plan_file.read_text(encoding="ascii") != plan:
             self.release()
             raise RunError(
@@ -234,14 +232,11 @@ class WorkDirectory:
                 "submit the stage again"
             )
 
-    def _take_lock(self, kind: int) -> None:
-        lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    def _take_lock(self, *, shared: bool = False) -> None:
         try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            self._lock = open_locked(self.path / LOCK_NAME, shared=shared)
         except BlockingIOError:
-            os.close(lock)
             raise RunError(f"{self.path}: another process is writing there; wait for it") from None
-        self._lock = lock
 
     def _clear(self, keep_shards: bool) -> None:
         shards = self.path / SHARDS_NAME
@@ -320,11 +315,10 @@ class WorkDirectory:
             if old.exists():  # left by a run that was killed right here
                 shutil.rmtree(old)
             target.rename(old)
-            self.path.rename(target)
+            rename_durably(self.path, target)
             shutil.rmtree(old)
         else:
-            self.path.rename(target)
-        sync(target.parent)
+            rename_durably(self.path, target)
         self.release()
 
     def discard(self) -> None:

@@ -32,7 +32,7 @@ from data_pipeline.runner.output import (
     start_shard,
     write_manifest,
 )
-from megaphi.durable import sync
+from megaphi.durable import rename_durably
 from megaphi.errors import RunError, TooManyRejects
 
 IDENTITIES_NAME = "identities"  # in a shard's directory
@@ -383,8 +383,7 @@ def _set_aside(plan: str, out: Path, options: Options) -> Manifest | None:
         return None
     if manifest.run.get("plan") != plan or not _is_allowed(manifest, options):
         return None
-    aside.rename(out)
-    sync(out.parent)
+    rename_durably(aside, out)
     return manifest
 
 

@@ -10,15 +10,15 @@ what it says, is for main alone to decide: another host may see the directory a 
 """
 
 import contextlib
-import fcntl
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -27,18 +27,23 @@ from megaphi.checkpoint.shards import write_tensors
 from megaphi.checkpoint.staging import Background, Staging
 from megaphi.config import Recipe
 from megaphi.device import is_gpu
-from megaphi.durable import make_directory, sync, write_durably
+from megaphi.durable import (
+    make_directory,
+    open_locked,
+    publish_directory,
+    rename_durably,
+    write_durably,
+)
 from megaphi.errors import RunError
 from megaphi.formats.manifest import (
     DELETED_PATTERN,
     CheckpointError,
     FileDigest,
     check_name,
-    check_strangers,
+    check_unlisted,
     checkpoint_name,
-    delete_remains,
+    delete_leftovers,
     find_checkpoints,
-    publish,
     read_manifest,
     remove,
     verify_checkpoint,
@@ -63,7 +68,7 @@ class CheckpointManager:
         self._staging: Staging | None = None
         self._has_told = False
         self._protected: Path | None = None
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
         self.mesh.on_main(self._claim)
 
     def _claim(self) -> None:
@@ -79,9 +84,8 @@ class CheckpointManager:
                 f"{self.run_dir}: a file, or a link that leads nowhere; choose another "
                 "train.run_dir"
             ) from None
-        self._lock = (self.run_dir / ".lock").open("w", encoding="utf-8")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = open_locked(self.run_dir / ".lock")
         except BlockingIOError:
             # a wrong call, and not a failed run: that, a launcher would start again
             raise ValueError(
@@ -98,7 +102,7 @@ class CheckpointManager:
         # what a killed save or a killed deletion left behind; neither was ever a checkpoint
         for pattern in (".step-*.tmp", DELETED_PATTERN):
             for path in self.run_dir.glob(pattern):
-                delete_remains(path)
+                delete_leftovers(path)
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Allocate what saving in the background needs, where the recipe asks for that.
@@ -143,7 +147,8 @@ class CheckpointManager:
             print(f"megaphi: the last checkpoint failed: {error}", file=sys.stderr, flush=True)
         self._background.close()
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
+            self._lock = None
 
     def save(self, step: int, tensors: dict[str, Tensor], trainer_state: dict[str, Any]) -> None:
         """Publish a checkpoint of `step`, verify it, and drop those that are too old.
@@ -221,7 +226,7 @@ class CheckpointManager:
                 if tokenizer.is_dir():
                     copy_tokenizer(tokenizer, temporary / "tokenizer")
                 write_manifest(temporary, digests, {"step": step, "processes": self.mesh.size})
-                publish(temporary, final)
+                publish_directory(temporary, final)
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -234,7 +239,7 @@ class CheckpointManager:
         with _named(f"{newest} is complete, but {self.run_dir / 'latest'} could not be written"):
             write_durably(self.run_dir / "latest", newest.name + "\n")
         for path in self.run_dir.glob(DELETED_PATTERN):
-            delete_remains(path)
+            delete_leftovers(path)
         permanent = self.recipe.checkpoint.permanent_interval
         others = [path for path in find_checkpoints(self.run_dir) if path != newest]
         for path in others[self.recipe.checkpoint.keep - 1 :]:
@@ -249,7 +254,7 @@ class CheckpointManager:
         try:
             manifest = read_manifest(directory)
             check_name(directory, manifest)
-            check_strangers(directory, manifest)
+            check_unlisted(directory, manifest)
             names = sorted(manifest["files"])
             verify_files(directory, manifest, names[self.mesh.rank :: self.mesh.size])
         except CheckpointError as error:
@@ -369,6 +374,5 @@ def _set_aside(path: Path, problem: str) -> Path:
     number = 1
     while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
         number += 1
-    path.rename(aside)
-    sync(aside.parent)
+    rename_durably(path, aside)
     return aside

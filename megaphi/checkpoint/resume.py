@@ -3,7 +3,6 @@
 What is refused and what is only said is listed in `megaphi.checkpoint.drift`.
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from megaphi.config import Model, Recipe
 from megaphi.data.samples import token_file_prefixes
 from megaphi.data.sidecar import TokenFileInfo, verify_info
 from megaphi.device import device_name
+from megaphi.durable import file_sha256
 from megaphi.formats.manifest import CheckpointError, read_manifest
 from megaphi.formats.weights import open_weights, read_model_config, resolve_model
 from megaphi.model.init import assign
@@ -38,7 +38,7 @@ def data_order(recipe: Recipe, infos: dict[str, TokenFileInfo]) -> dict[str, Any
         if info is not None:
             files.append([info.idx_sha256, info.bin_sha256])
         else:
-            index = hashlib.sha256(Path(f"{prefix}.idx").read_bytes()).hexdigest()
+            index = file_sha256(Path(f"{prefix}.idx"))
             files.append([index, Path(f"{prefix}.bin").stat().st_size])
     value = recipe.data.train
     weights = [] if isinstance(value, str) else [v for v in value if isinstance(v, int | float)]

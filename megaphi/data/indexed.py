@@ -28,8 +28,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megaphi.data.publish import NewFile
-from megaphi.durable import sync
+from megaphi.durable import NewFile, sync
 from megaphi.errors import RunError
 
 MAGIC = b"MMIDIDX\0\0"

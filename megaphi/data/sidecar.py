@@ -6,7 +6,6 @@ splitting token files live here because they carry the description along.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ from megaphi.data.indexed import (
     read_index,
     token_file_paths,
 )
-from megaphi.data.publish import NewFile
-from megaphi.durable import sync
+from megaphi.durable import NewFile, file_sha256, sync
 
 _READ_BYTES = 16 << 20
 
@@ -151,18 +149,13 @@ def verify_info(prefix: str | Path, *, deep: bool = True) -> TokenFileInfo | Non
         )
     if deep:
         for path, digest in ((paths.bin, info.bin_sha256), (paths.idx, info.idx_sha256)):
-            if _sha256(path) != digest:
+            if file_sha256(path) != digest:
                 raise TokenFileError(
                     f"{path}: SHA-256 differs from {paths.info.name}: the file was changed or "
                     "damaged; copy or build it again"
                 )
         _check_vocabulary(paths.bin, index.dtype, info.vocab_size)
     return info
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_vocabulary(path: Path, dtype: "np.dtype[Any]", vocab_size: int) -> None:

@@ -1,10 +1,11 @@
-"""`megaphi convert to-gguf`."""
+"""GGUF files for llama.cpp, written from a checkpoint."""
 
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from megaphi.durable import partial_file
 from megaphi.errors import RunError
 
 # llama.cpp's mixture that most people mean by Q4_K: a few matrices in 6 bits
@@ -45,7 +46,7 @@ def export_gguf(
         CheckpointError: the checkpoint is damaged.
         RunError: the quantizer failed, or what was read back differs.
     """
-    from megaphi.formats.gguf import Labels, new_file, require_gguf, verify_gguf, write_gguf
+    from megaphi.formats.gguf import Labels, require_gguf, verify_gguf, write_gguf
     from megaphi.formats.gguf_vocabulary import read_vocabulary
     from megaphi.formats.provenance import read_provenance
     from megaphi.formats.tokenizer_files import find_tokenizer
@@ -53,7 +54,7 @@ def export_gguf(
 
     require_gguf()
     quantizer = _find_quantizer(type_name)
-    with new_file(out) as partial:
+    with partial_file(out) as partial:
         directory = resolve_model(source)
         weights = open_weights(directory)
         tokenizer_dir = tokenizer_dir or find_tokenizer(directory)

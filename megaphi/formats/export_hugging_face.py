@@ -1,4 +1,4 @@
-"""`megaphi convert to-hf` and `from-hf`."""
+"""Hugging Face directories: written from a checkpoint, and read back into one."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaphi import __version__
+from megaphi.durable import partial_directory, require_free
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,7 @@ def export_hugging_face(
 ) -> dict[str, Any]:
     """Write a `PhiForCausalLM` directory from a checkpoint.
 
-    Memory: the largest tensor, and with `verify` one block with the embedding or the head. A call
-    that was killed is continued by the next one with the same source, format and shard size.
+    Memory: the largest tensor, and with `verify` one block with the embedding or the head.
 
     Args:
         source: checkpoint or run directory.
@@ -59,7 +58,7 @@ def export_hugging_face(
     from megaphi.formats.hf import exported
     from megaphi.formats.provenance import read_provenance
     from megaphi.formats.tokenizer_files import copy_tokenizer, end_of_text_id, find_tokenizer
-    from megaphi.formats.weight_files import new_directory, require_free, write_shards
+    from megaphi.formats.weight_files import write_shards
     from megaphi.formats.weights import CheckpointWeights, is_checkpoint, resolve_model
 
     max_bytes = parse_size(max_shard_size)
@@ -71,33 +70,27 @@ def export_hugging_face(
     dtype = DTYPE_NAMES[dtype_name] if dtype_name else _common_dtype(weights)
     provenance = read_provenance(directory)
     scores = _scores(directory, provenance, score_dirs)
-    identity = [__version__, provenance.identity, str(dtype), max_bytes]
     agreement = None
-    with new_directory(out_dir, {"to-hf": identity}) as work:
+    with partial_directory(out_dir) as work:
         stream = exported(weights, weights.config, dtype)
-        written = write_shards(
-            work.content, stream, max_bytes=max_bytes, metadata={"format": "pt"}, work=work
-        )
+        written = write_shards(work, stream, max_bytes=max_bytes, metadata={"format": "pt"})
         if len(set(written.files.values())) > 1:
             index = {"metadata": {"total_size": written.bytes}, "weight_map": written.files}
-            _write_json(work.content / "model.safetensors.index.json", index)
+            _write_json(work / "model.safetensors.index.json", index)
         tokenizer_dir = find_tokenizer(directory)
         if tokenizer_dir is not None:
-            copy_tokenizer(tokenizer_dir, work.content)
+            copy_tokenizer(tokenizer_dir, work)
         end_of_text = end_of_text_id(tokenizer_dir, weights.config.vocab_size)
-        _write_configs(work.content, weights.config, dtype, end_of_text)
-        _write_card(
-            work.content, weights.config, dtype, provenance, scores, license_id, name, out_dir
-        )
+        _write_configs(work, weights.config, dtype, end_of_text)
+        _write_card(work, weights.config, dtype, provenance, scores, license_id, name, out_dir)
         if verify:
-            agreement = _verify_export(work.content, weights, dtype)
+            agreement = _verify_export(work, weights, dtype)
     return {
         "source": str(directory),
         "out": str(out_dir),
         "tensors": len(written.files),
         "bytes": written.bytes,
         "files": len(written.digests),
-        "reused": written.reused,
         "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": tokenizer_dir is not None,
         "scores": len(scores),
@@ -109,8 +102,7 @@ def export_hugging_face(
 def import_hugging_face(source: Path, out_dir: Path) -> dict[str, Any]:
     """Write a weights-only checkpoint from a Hugging Face phi directory.
 
-    Memory: the largest tensor. A call that was killed is continued by the next one, unless a file
-    of the source has changed.
+    Memory: the largest tensor.
 
     Raises:
         FileNotFoundError, ValueError: there is no such directory, it is not one that we read, or
@@ -119,7 +111,6 @@ def import_hugging_face(source: Path, out_dir: Path) -> dict[str, Any]:
     """
     from megaphi.formats.hf import HuggingFaceWeights
     from megaphi.formats.tokenizer_files import find_tokenizer
-    from megaphi.formats.weight_files import require_free
     from megaphi.formats.weights import write_weights_checkpoint
 
     if not source.is_dir():
@@ -131,15 +122,12 @@ def import_hugging_face(source: Path, out_dir: Path) -> dict[str, Any]:
     weights = HuggingFaceWeights(source)
     tokenizer_dir = find_tokenizer(source)
     details = {"kind": "weights", "converted_from": source.resolve().name}
-    stats = {path.name: path.stat() for path in sorted(source.glob("*.safetensors"))}
-    files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
     written = write_weights_checkpoint(
         out_dir,
         weights.config,
         weights.pending(),
         tokenizer_dir,
         details,
-        {"from-hf": [__version__, asdict(weights.config), files]},
     )
     return {
         "source": str(source),
@@ -147,7 +135,6 @@ def import_hugging_face(source: Path, out_dir: Path) -> dict[str, Any]:
         "tensors": len(written.files),
         "bytes": written.bytes,
         "files": len(written.digests),
-        "reused": written.reused,
         "dtype": " and ".join(sorted(str(d).removeprefix("torch.") for d in weights.dtypes)),
         "tokenizer": tokenizer_dir is not None,
     }

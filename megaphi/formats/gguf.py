@@ -9,24 +9,20 @@ The file and its keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 (llama.cpp's own) writes and reads it; `pip install "megaphi[gguf]"` brings it.
 """
 
-import fcntl
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
 from megaphi.config import Model
-from megaphi.durable import sync
 from megaphi.errors import RunError
 from megaphi.formats.files import overflows
 from megaphi.formats.gguf_vocabulary import Vocabulary
 from megaphi.formats.hf import exported
-from megaphi.formats.large_file import LargeFile
 from megaphi.formats.provenance import Provenance
 from megaphi.formats.weight_files import PendingTensor
 from megaphi.formats.weights import ModelWeights
@@ -78,38 +74,6 @@ class Labels:
 
     name: str
     license_id: str | None = None
-
-
-@contextmanager
-def new_file(final: Path) -> Iterator[Path]:
-    """Context of a file that appears under its final name only when the block succeeds.
-
-    The block writes `FINAL.partial`. A killed process leaves that behind, the next one overwrites
-    it: a GGUF file is written at the disk's speed, so nothing is resumed.
-
-    Raises:
-        ValueError: the final name is taken.
-        RunError: another process is writing it.
-    """
-    if final.exists() or final.is_symlink():
-        raise ValueError(f"{final}: already exists; name a new file")
-    if final.parent.exists() and not final.parent.is_dir():
-        raise ValueError(f"{final.parent}: is no directory")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f"{final.name}.partial")
-    with temporary.open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{temporary}: another process is writing {final.name}") from None
-        try:
-            yield temporary
-            sync(temporary)
-            temporary.rename(final)
-        except Exception:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync(final.parent)
 
 
 @dataclass(frozen=True)
@@ -190,7 +154,7 @@ def write_gguf(
     Memory: the largest tensor in fp32 and in the type.
 
     Args:
-        path: written in place; `new_file` makes it atomic.
+        path: written in place; `partial_file` makes it atomic.
         weights: the model.
         type_name: one of `TYPES`.
         vocabulary: the tokenizer.
@@ -220,21 +184,19 @@ def write_gguf(
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-    header = path.read_bytes()
-    with LargeFile(path, hashed=False) as file:
-        file.write(header)
+    with path.open("ab") as file:
         for entry in entries:
             _pad(file, writer.data_alignment)
-            data: Any = entry.read().reshape(-1).view(np.uint8)
+            data = entry.read()
             assert data.nbytes == entry.nbytes, entry.name
-            file.write(memoryview(data))
+            data.tofile(file)
         _pad(file, writer.data_alignment)
     return len(entries)
 
 
-def _pad(file: LargeFile, alignment: int) -> None:
+def _pad(file: BinaryIO, alignment: int) -> None:
     """Zeros up to the next multiple of `alignment`."""
-    file.write(bytes(-file.size % alignment))
+    file.write(bytes(-file.tell() % alignment))
 
 
 def _add_model(writer: "gguf.GGUFWriter", config: Model) -> None:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaphi.durable import sync, write_durably
+from megaphi.durable import file_sha256, rename_durably, write_durably
 from megaphi.errors import RunError
 
 MANIFEST_NAME = "manifest.json"
@@ -52,9 +52,7 @@ class FileDigest:
 
 def digest_file(path: Path) -> FileDigest:
     """Read a file and return its size and SHA-256."""
-    with path.open("rb", buffering=0) as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileDigest(file.tell(), digest.hexdigest())
+    return FileDigest(path.stat().st_size, file_sha256(path))
 
 
 def _canonical_digest(manifest: Mapping[str, Any]) -> str:
@@ -143,7 +141,7 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(directory)
     check_name(directory, manifest)
-    check_strangers(directory, manifest)
+    check_unlisted(directory, manifest)
     verify_files(directory, manifest, manifest["files"])
     return manifest
 
@@ -156,7 +154,7 @@ def check_name(directory: Path, manifest: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{directory / MANIFEST_NAME}: this is the checkpoint of step {step}")
 
 
-def check_strangers(directory: Path, manifest: Mapping[str, Any]) -> None:
+def check_unlisted(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Raise a `CheckpointError` if the directory holds a file that the manifest does not list."""
     for path in _files(directory):
         name = path.relative_to(directory).as_posix()
@@ -181,26 +179,6 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Make a finished directory visible under its final name, durably.
-
-    Every file and directory is synced before the rename, the parent after it.
-
-    Raises:
-        CheckpointError: something already has the final name.
-    """
-    if final.exists():
-        raise CheckpointError(f"{final}: already exists; a checkpoint is never overwritten")
-    for path in _files(temporary):
-        sync(path)
-    for path in sorted(temporary.rglob("*"), reverse=True):
-        if path.is_dir():
-            sync(path)
-    sync(temporary)
-    temporary.rename(final)
-    sync(final.parent)
-
-
 def remove(directory: Path) -> None:
     """Delete a checkpoint so that a kill in the middle leaves no half that looks whole.
 
@@ -209,12 +187,11 @@ def remove(directory: Path) -> None:
     """
     doomed = directory.with_name(f"{directory.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
-    directory.rename(doomed)
-    sync(doomed.parent)
-    delete_remains(doomed)
+    rename_durably(directory, doomed)
+    delete_leftovers(doomed)
 
 
-def delete_remains(path: Path) -> None:
+def delete_leftovers(path: Path) -> None:
     """Delete what is no checkpoint any more, or never was; say so where that fails.
 
     That is no reason to end a run: over NFS a file that somebody reads, as an evaluation does,

@@ -1,6 +1,5 @@
 """Where a model comes from, as far as its directory and the token files beside it can say."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from megaphi.data.blend import parse_blend
 from megaphi.data.indexed import TokenFileError
 from megaphi.data.sidecar import read_info
+from megaphi.durable import file_sha256
 from megaphi.formats.files import read_json_object
 from megaphi.formats.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 
@@ -78,7 +78,7 @@ def read_provenance(directory: Path) -> Provenance:
     return Provenance(
         name=own,
         checkpoint=resolved.name,
-        identity=hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest(),
+        identity=file_sha256(directory / MANIFEST_NAME),
         step=step if type(step) is int else None,
         samples=trainer.get("consumed_samples"),
         recipe=recipe,

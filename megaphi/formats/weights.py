@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megaphi.config import Model
+from megaphi.durable import partial_directory
 from megaphi.formats.files import (
     StoredTensor,
     overflows,
@@ -37,12 +38,7 @@ from megaphi.formats.manifest import (
     write_manifest,
 )
 from megaphi.formats.tokenizer_files import copy_tokenizer, find_tokenizer
-from megaphi.formats.weight_files import (
-    PendingTensor,
-    WrittenShards,
-    new_directory,
-    write_shards,
-)
+from megaphi.formats.weight_files import PendingTensor, WrittenShards, write_shards
 from megaphi.model.phi import Phi, parameter_shapes
 
 MODEL_CONFIG_NAME = "model.json"
@@ -304,7 +300,6 @@ def write_weights_checkpoint(
     tensors: Iterable[tuple[str, Tensor | PendingTensor]],
     tokenizer_dir: Path | None,
     details: Mapping[str, Any],
-    identity: Mapping[str, Any] | None = None,
 ) -> WrittenShards:
     """Publish a checkpoint that holds a model's weights and nothing of a trainer.
 
@@ -317,8 +312,6 @@ def write_weights_checkpoint(
         tensors: every parameter once, by name, in its full shape.
         tokenizer_dir: a tokenizer to copy along.
         details: further entries of the manifest, for instance where the weights come from.
-        identity: what decides the tensors; a call that was killed is continued by the next one
-            with the same identity. Without it every call starts anew.
 
     Returns:
         The files of the tensors.
@@ -334,17 +327,15 @@ def write_weights_checkpoint(
                 raise ValueError(f"{name} of shape {list(tensor.shape)} is not in this model")
             yield f"{MODEL_PREFIX}{name}", tensor
 
-    with new_directory(directory, identity) as work:
-        write_model_config(work.content, model_config)
-        written = write_shards(
-            work.content, checked(), max_bytes=SHARD_BYTES, metadata={"format": "pt"}, work=work
-        )
+    with partial_directory(directory) as work:
+        write_model_config(work, model_config)
+        written = write_shards(work, checked(), max_bytes=SHARD_BYTES, metadata={"format": "pt"})
         missing = [name for name in shapes if f"{MODEL_PREFIX}{name}" not in written.files]
         if missing:
             raise ValueError(f"{missing[0]} and {len(missing) - 1} more parameters are missing")
         if tokenizer_dir is not None:
-            copy_tokenizer(tokenizer_dir, work.content / "tokenizer")
-        write_manifest(work.content, written.digests, details)
+            copy_tokenizer(tokenizer_dir, work / "tokenizer")
+        write_manifest(work, written.digests, details)
     return written
 
 

@@ -12,9 +12,10 @@ import torch
 
 import megaphi.formats.gguf as gguf_files
 from megaphi.config import Model
+from megaphi.durable import partial_file
 from megaphi.errors import RunError
 from megaphi.formats.export_hugging_face import export_hugging_face
-from megaphi.formats.gguf import encode, new_file
+from megaphi.formats.gguf import encode
 from megaphi.formats.gguf_vocabulary import (
     CONTROL,
     NORMAL,
@@ -283,7 +284,7 @@ def test_one_file_at_a_time_and_never_over_another(tmp_path: Path, capsys) -> No
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with new_file(out) as partial:
+        with partial_file(out) as partial:
             entered.set()
             leave.wait(30)
             partial.unlink()
@@ -292,7 +293,7 @@ def test_one_file_at_a_time_and_never_over_another(tmp_path: Path, capsys) -> No
     holder = threading.Thread(target=hold)
     holder.start()
     assert entered.wait(30)
-    with pytest.raises(RunError, match="another process is writing"), new_file(out):
+    with pytest.raises(RunError, match="another process is writing"), partial_file(out):
         pass
     leave.set()
     holder.join()

@@ -124,6 +124,6 @@ def broken_thread_in_a_save(argv: list[str]) -> int:
         raise KeyError("a fault of the program")
 
     def plant(_: Trainer) -> None:
-        manager.check_strangers = fail
+        manager.check_unlisted = fail
 
     return _disturbed(argv, 1, plant)

@@ -339,13 +339,13 @@ def test_killed_between_the_renames_an_older_index_does_not_survive(tmp_path: Pa
     process = run_script(
         """
         import os, signal, sys
-        from megaphi.data import publish
+        from megaphi import durable
         from megaphi.data.indexed import IndexedDatasetWriter
-        publish_file = publish.NewFile.publish
+        publish_file = durable.NewFile.publish
         def publish_and_die(self):
             publish_file(self)
             os.kill(os.getpid(), signal.SIGKILL)
-        publish.NewFile.publish = publish_and_die
+        durable.NewFile.publish = publish_and_die
         with IndexedDatasetWriter(sys.argv[1], "uint16") as writer:
             writer.add_document([9] * 8, [2, 2, 2, 2])
         """,
@@ -375,7 +375,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     )
     output, errors = process.communicate()
     assert output.startswith(f"{tmp_path}/t.bin.tmp-{process.pid}-")
-    assert "cannot write: File too large; t.bin was not made" in output
+    assert "cannot write: File too large; t.bin was not created" in output
     assert errors == ""
     assert files(tmp_path) == []
 

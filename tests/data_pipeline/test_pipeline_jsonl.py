@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from data_pipeline.records import jsonl
-from data_pipeline.records.jsonl import LineWriter, file_sha256, open_jsonl, read_lines
+from data_pipeline.records.jsonl import LineWriter, open_jsonl, read_lines
+from megaphi.durable import file_sha256
 
 # Everything that str.splitlines takes for the end of a line, besides the line feed.
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"

@@ -250,7 +250,7 @@ def test_a_file_system_without_locks_is_said(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr("megaphi.checkpoint.manager.fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     train_here(toy_options(toy_tokens, tmp_path / "run", train__steps=1))
     assert "has no locks ([Errno 38] Function not implemented)" in capsys.readouterr().err
     assert find_checkpoints(tmp_path / "run")[0].name == "step-00000001"

@@ -22,11 +22,10 @@ from typing import Any
 from data_pipeline.sandbox.executor import judge_all
 from data_pipeline.sandbox.packages import Packages, find_packages
 from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
-from megaphi.durable import write_durably
+from megaphi.durable import file_sha256, write_durably
 from megaphi.formats.manifest import (
     MANIFEST_NAME,
     CheckpointError,
-    digest_file,
     find_checkpoints,
 )
 from tools.evaluation.checkpoints import Curve, progress_of
@@ -237,7 +236,7 @@ def _evaluate_given(job: _Job) -> dict[str, Any]:
         _require_samples(job, rows, "--canonical")
         return _evaluate(job, options.out, {"model": "canonical solutions"}, _canonical_rows)
     rows = list(read_completions(options.completions, job.suite))
-    digest = hashlib.sha256(options.completions.read_bytes()).hexdigest()
+    digest = file_sha256(options.completions)
     subject = {"model": str(options.completions), "completions_sha256": digest}
     _require_all(job, rows, subject)
     return _evaluate(job, options.out, subject, lambda suite, out: rows)
@@ -253,7 +252,7 @@ def _evaluate_model(job: _Job, source: Path, out: Path) -> dict[str, Any]:
     device, dtype = choose_device(options.device, options.dtype)
     tokenizer = None
     if options.tokenizer is not None:
-        tokenizer = digest_file(tokenizer_file(options.tokenizer)).sha256
+        tokenizer = file_sha256(tokenizer_file(options.tokenizer))
     progress = progress_of(source)
     subject = {
         "model": str(source),
@@ -331,7 +330,7 @@ def _identity(source: Path) -> str:
     """A hash that tells one model's weights from another's without reading them all."""
     manifest = source / "manifest.json"
     if manifest.is_file():
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+        return file_sha256(manifest)
     files = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".json"))
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -4,7 +4,6 @@ A row is one line of JSON, known by (task_id, sample). A row that is complete on
 made again; a last line that a kill has torn is cut off.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megaphi.durable import write_durably
+from megaphi.durable import open_locked, write_durably
 
 SETTINGS_NAME = "settings.json"
 Key = tuple[str, int]
@@ -67,17 +66,19 @@ def open_directory(directory: Path, settings: Mapping[str, Any]) -> Iterator[Non
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{error.filename}: is no directory; give another --out") from None
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{directory}: another evaluation is at work in it") from None
+    try:
+        lock = open_locked(directory / ".lock")
+    except BlockingIOError:
+        raise ValueError(f"{directory}: another evaluation is running in it") from None
+    try:
         path = directory / SETTINGS_NAME
         if path.exists():
             _compare(path, settings)
         else:
             write_durably(path, json.dumps(settings, indent=1) + "\n")
         yield
+    finally:
+        os.close(lock)
 
 
 def _compare(path: Path, settings: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from megaphi.errors import RunError
 from megaphi.formats.manifest import (
     CheckpointError,
-    check_strangers,
+    check_unlisted,
     find_checkpoints,
     read_manifest,
     verify_checkpoint,
@@ -92,7 +92,7 @@ def _verify(directory: Path, *, deep: bool) -> dict[str, Any]:
         _require_finite(sorted(directory.glob(f"*{_TENSOR_SUFFIX}")))
         return manifest
     manifest = read_manifest(directory)
-    check_strangers(directory, manifest)
+    check_unlisted(directory, manifest)
     tensor_files = {name for name in manifest["files"] if name.endswith(_TENSOR_SUFFIX)}
     for name in sorted(tensor_files):
         path, expected = directory / name, manifest["files"][name]["bytes"]
