@@ -352,13 +352,11 @@ class IndexedDatasetWriter:
                     )
         return np.ascontiguousarray(ids, dtype=self.dtype)
 
-    def add_index(self, prefix: str | Path, sequences: range | None = None) -> str:
+    def add_index(self, prefix: str | Path) -> str:
         """Append another token file of the same dtype, in bounded memory.
 
         Args:
             prefix: the other token file; it may be empty.
-            sequences: append only this contiguous range of its sequences. A document that the
-                range cuts counts as a document on each side.
 
         Returns:
             Hex digest of the token bytes that were copied.
@@ -373,31 +371,17 @@ class IndexedDatasetWriter:
                 f"{prefix}: holds {other.dtype.name} tokens, cannot join {self.dtype.name} tokens "
                 f"of {self.prefix}"
             )
-        part = range(len(other.lengths)) if sequences is None else sequences
-        assert part.step == 1
-        assert 0 <= part.start <= part.stop <= len(other.lengths)
-        skipped = int(other.lengths[: part.start].sum(dtype=np.int64))
-        lengths = other.lengths[part.start : part.stop]
-        num_tokens = int(lengths.sum(dtype=np.int64))
-        copied = self._copy_tokens(token_file_paths(prefix).bin, skipped, num_tokens)
-        # Entries at the start of the range close the previous range's last document, except
-        # that empty documents before the first sequence belong to the first range.
-        entries = other.document_index[1:]
-        inside = (entries <= part.stop) & ((entries > part.start) | (part.start == 0))
-        ends = entries[inside]
-        if part and (ends.size == 0 or ends[-1] != part.stop):
-            ends = np.append(ends, part.stop)
-        self._document_index.frombytes((ends - part.start + self.num_sequences).tobytes())
-        self._lengths.frombytes(lengths.tobytes())
-        self.num_tokens += num_tokens
+        copied = self._copy_tokens(token_file_paths(prefix).bin, other.num_tokens)
+        self._document_index.frombytes((other.document_index[1:] + self.num_sequences).tobytes())
+        self._lengths.frombytes(other.lengths.tobytes())
+        self.num_tokens += other.num_tokens
         return copied
 
-    def _copy_tokens(self, bin_path: Path, start: int, count: int) -> str:
-        """Append `count` tokens of another .bin from token `start`; returns their SHA-256."""
+    def _copy_tokens(self, bin_path: Path, count: int) -> str:
+        """Append `count` tokens from the start of another .bin; returns their SHA-256."""
         digest = hashlib.sha256()
         remaining = count * self.dtype.itemsize
         with bin_path.open("rb") as file:
-            file.seek(start * self.dtype.itemsize)
             while remaining:
                 block = file.read(min(remaining, _COPY_BYTES))
                 if not block:

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megaphi.data.dataset import share_ranges
 from megaphi.data.indexed import (
-    IndexedDataset,
     IndexedDatasetWriter,
     TokenFileError,
     read_index,
@@ -192,7 +190,8 @@ def merge_token_files(
     """
     if not prefixes:
         raise ValueError(f"{out_prefix}: no token files to merge")
-    _refuse_overwrite(prefixes, [out_prefix])
+    if Path(out_prefix).resolve() in {Path(prefix).resolve() for prefix in prefixes}:
+        raise ValueError(f"{out_prefix}: is both source and output")
     infos = [read_info(prefix) for prefix in prefixes]
     first = infos[0]
     for prefix, info in zip(prefixes, infos, strict=True):
@@ -212,59 +211,9 @@ def merge_token_files(
     if first is None:
         return None
     sources = [_source(p, info) for p, info in zip(prefixes, infos, strict=True) if info]
-    return _describe_output(writer, first, {"merged": sources})
-
-
-def split_token_file(
-    prefix: str | Path, out_prefixes: Sequence[str | Path], weights: Sequence[float]
-) -> list[TokenFileInfo] | None:
-    """Cut a token file into consecutive parts, each a token file of its own.
-
-    Parts are contiguous ranges of sequences, cut where Megatron's `--split` would cut. Shuffle
-    documents before tokenizing: the cut is by position.
-
-    Args:
-        prefix: the token file to cut.
-        out_prefixes: one for each part.
-        weights: share of each part, above 0.
-
-    Returns:
-        The descriptions written for the parts; None when the source has none.
-
-    Raises:
-        ValueError: names and weights do not match, or a part would be empty.
-        TokenFileError: the source is broken.
-    """
-    if len(out_prefixes) != len(weights) or len(set(map(str, out_prefixes))) != len(weights):
-        raise ValueError(
-            f"{prefix}: needs one output name for each share, all different: "
-            f"{len(out_prefixes)} names and {len(weights)} shares given"
-        )
-    _refuse_overwrite([prefix], out_prefixes)
-    indexed = IndexedDataset(prefix)
-    info = read_info(prefix)
-    ranges = [range(*part) if part else range(0) for part in share_ranges(weights, len(indexed))]
-    for out_prefix, part in zip(out_prefixes, ranges, strict=True):
-        if not indexed.lengths[part.start : part.stop].any():
-            raise ValueError(
-                f"{out_prefix}: its share of the {len(indexed)} sequences of {prefix} is empty"
-            )
-    described = []
-    for out_prefix, part in zip(out_prefixes, ranges, strict=True):
-        with IndexedDatasetWriter(out_prefix, indexed.dtype) as writer:
-            writer.add_index(prefix, part)
-        if info is not None:
-            recipe = {"split": _source(prefix, info), "sequences": [part.start, part.stop]}
-            described.append(_describe_output(writer, info, recipe))
-    return described if info is not None else None
-
-
-def _refuse_overwrite(sources: Sequence[str | Path], out_prefixes: Sequence[str | Path]) -> None:
-    """ValueError when an output is also a source."""
-    resolved = {Path(source).resolve() for source in sources}
-    for out_prefix in out_prefixes:
-        if Path(out_prefix).resolve() in resolved:
-            raise ValueError(f"{out_prefix}: is both source and output")
+    merged = dataclasses.replace(first, **written_facts(writer), recipe={"merged": sources})
+    write_info(out_prefix, merged)
+    return merged
 
 
 def _tokenizer(info: TokenFileInfo | None) -> tuple[str, int, int] | None:
@@ -290,12 +239,3 @@ def _source(prefix: str | Path, info: TokenFileInfo) -> dict[str, Any]:
         "num_tokens": info.num_tokens,
         "recipe": info.recipe,
     }
-
-
-def _describe_output(
-    writer: IndexedDatasetWriter, source: TokenFileInfo, recipe: dict[str, Any]
-) -> TokenFileInfo:
-    """Write and return the description of a finished token file made from `source`."""
-    info = dataclasses.replace(source, **written_facts(writer), recipe=recipe)
-    write_info(writer.prefix, info)
-    return info

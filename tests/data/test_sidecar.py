@@ -13,7 +13,6 @@ from megaphi.data.sidecar import (
     TokenFileInfo,
     merge_token_files,
     read_info,
-    split_token_file,
     verify_info,
     write_info,
 )
@@ -182,55 +181,3 @@ def test_a_damaged_source_is_not_merged(tmp_path: Path) -> None:
     with pytest.raises(TokenFileError, match=r"b\.bin: SHA-256 differs"):
         merge_token_files([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     assert not list(tmp_path.glob("m*"))
-
-
-def test_splitting_and_merging_again(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    documents = [rng.integers(0, 50_000, rng.integers(1, 9)).tolist() for _ in range(21)]
-    whole = make(tmp_path / "t", documents)
-    outs = [tmp_path / name for name in ("train", "valid", "test", "rest")]
-    infos = split_token_file(tmp_path / "t", outs, [5, 3, 1, 1])
-    assert infos is not None
-    # round(0.5 * 21) = 10 (the tie goes to the even number), round(16.8) = 17, round(18.9) = 19
-    bounds = [(0, 10), (10, 17), (17, 19), (19, 21)]
-    assert [tuple(info.recipe["sequences"]) for info in infos] == bounds
-    for out, info, (start, stop) in zip(outs, infos, bounds, strict=True):
-        assert verify_info(out) == info
-        part = IndexedDataset(out)
-        assert [sequence.tolist() for sequence in part] == documents[start:stop]
-        assert part.document_index.tolist() == list(range(stop - start + 1))
-    merged = merge_token_files(outs, tmp_path / "again")
-    assert merged is not None
-    assert (merged.bin_sha256, merged.idx_sha256) == (whole.bin_sha256, whole.idx_sha256)
-
-
-def test_a_cut_document_ends_on_both_sides_and_empty_ones_are_kept_once(tmp_path: Path) -> None:
-    with IndexedDatasetWriter(tmp_path / "t", np.uint16) as writer:
-        writer.add_document([], [])
-        writer.add_document([1, 2, 3], [1, 1, 1])
-        writer.add_document([], [])
-        writer.add_document([4, 5], [1, 1])
-        writer.add_document([], [])
-    assert split_token_file(tmp_path / "t", [tmp_path / "x", tmp_path / "y"], [2, 3]) is None
-    assert IndexedDataset(tmp_path / "x").document_index.tolist() == [0, 0, 2]
-    assert IndexedDataset(tmp_path / "y").document_index.tolist() == [0, 1, 1, 3, 3]
-    split_token_file(tmp_path / "t", [tmp_path / "x", tmp_path / "y"], [3, 2])
-    assert IndexedDataset(tmp_path / "x").document_index.tolist() == [0, 0, 3, 3]
-    assert IndexedDataset(tmp_path / "y").document_index.tolist() == [0, 2, 2]
-
-
-def test_splits_that_cannot_be_made(tmp_path: Path) -> None:
-    make(tmp_path / "t", [[1], [2], [], [3]])
-    outs = [tmp_path / "x", tmp_path / "y"]
-    for weights in ([99, 1], [1, 0]):
-        with pytest.raises(ValueError, match=r"y: its share of the 4 sequences .* is empty"):
-            split_token_file(tmp_path / "t", outs, weights)
-    with pytest.raises(ValueError, match="numbers >= 0"):
-        split_token_file(tmp_path / "t", outs, [1, -1])
-    with pytest.raises(ValueError, match="2 names and 1 shares"):
-        split_token_file(tmp_path / "t", outs, [1])
-    with pytest.raises(ValueError, match="all different"):
-        split_token_file(tmp_path / "t", [outs[0], outs[0]], [1, 1])
-    with pytest.raises(ValueError, match="both source and output"):
-        split_token_file(tmp_path / "t", [outs[0], tmp_path / "t"], [1, 1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.bin", "t.idx", "t.json"]
