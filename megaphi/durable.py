@@ -6,6 +6,7 @@ exports, token files, records and ledgers all build on it. It imports neither to
 
 import fcntl
 import hashlib
+import io
 import os
 import secrets
 import shutil
@@ -77,7 +78,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_locked(path: Path, *, shared: bool = False) -> int:
+def open_locked(path: Path, *, shared: bool = False) -> io.FileIO:
     """Open a file for reading and appending, and lock it against other processes.
 
     Args:
@@ -85,19 +86,20 @@ def open_locked(path: Path, *, shared: bool = False) -> int:
         shared: other processes may hold it too if they also ask for a shared lock.
 
     Returns:
-        A descriptor; closing it, or the end of the process, releases the lock.
+        The open file, unbuffered; closing it, or the end of the process, releases the lock.
 
     Raises:
         BlockingIOError: another process holds the lock.
         OSError: the file cannot be opened, or its file system has no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    file = io.FileIO(descriptor, "ab+")
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
-        os.close(descriptor)
+        file.close()
         raise
-    return descriptor
+    return file
 
 
 class HashedFile:
@@ -289,7 +291,5 @@ def _locked(path: Path, final: Path) -> Iterator[None]:
         lock = open_locked(path)
     except BlockingIOError:
         raise RunError(f"{path}: another process is writing {final.name}") from None
-    try:
+    with lock:
         yield
-    finally:
-        os.close(lock)

@@ -36,12 +36,12 @@ from data_pipeline.ingest.archive_members import (
     is_wanted,
     refuse,
 )
-from data_pipeline.records.jsonl import READ_BYTES, ZstdReader
+from data_pipeline.ingest.compressed import decompressed
+from data_pipeline.records.jsonl import READ_BYTES
 
 MAX_MEMBERS = 5_000_000
 MAX_DIRECTORY_BYTES = 256 * 2**20  # of a zip's central directory, which is held in memory
 MAX_HEADER_BYTES = 4 * 2**20  # of one member of a tar: long names and pax records
-XZ_MEMORY_BYTES = 512 * 2**20  # `xz -9` needs 64 MiB
 
 # What hostile archives raise from within the standard library, besides OSError.
 DAMAGE = (
@@ -107,43 +107,6 @@ class _Borrowed(io.RawIOBase):
         return len(data)
 
 
-class _XzReader(io.RawIOBase):
-    """The decompressed bytes of an .xz file, with a limit of memory, which `lzma.open` has not."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._decoder: lzma.LZMADecompressor | None = None
-        self._started = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: object) -> int:
-        target = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        while True:
-            if self._decoder is None or self._decoder.eof:
-                rest = self._decoder.unused_data if self._decoder else b""
-                data = (rest or self._stream.read(READ_BYTES)).lstrip(
-                    b"\0" if self._started else b""
-                )
-                if not data:
-                    return 0
-                self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY_BYTES)
-                self._started = True
-            else:
-                data = self._stream.read(READ_BYTES) if self._decoder.needs_input else b""
-                if self._decoder.needs_input and not data:
-                    raise EOFError("the compressed file ends too early")
-            block = self._decoder.decompress(data, len(target))
-            if block:
-                target[: len(block)] = block
-                return len(block)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
-
-
 def read_members(path: str, size: int) -> Iterator[Member]:
     """Yield the members of an archive that are read or refused, in their order in it.
 
@@ -156,13 +119,14 @@ def read_members(path: str, size: int) -> Iterator[Member]:
         OSError: the archive is damaged or ends early; nothing more can be read.
     """
     budget = Budget(size)
-    if path.endswith(".7z"):
+    ending = path.lower()
+    if ending.endswith(".7z"):
         from data_pipeline.ingest.sevenzip import sevenzip_members
 
         members = sevenzip_members(path, budget)
     else:
         members = (
-            _zip_members(path, budget) if path.endswith(".zip") else _tar_members(path, budget)
+            _zip_members(path, budget) if ending.endswith(".zip") else _tar_members(path, budget)
         )
     count = 0
     try:
@@ -235,29 +199,9 @@ class _TarInfo(tarfile.TarInfo):
             raise OSError(f"damaged or cut short at byte {tar.offset}: {error}") from None
 
 
-def _open_tar_stream(path: str) -> BinaryIO:
-    """The decompressed bytes of a tar file; the compression is told by the first bytes."""
-    stream = open(path, "rb")  # noqa: SIM115 - handed on; the callers close it
-    start = stream.read(6)
-    stream.seek(0)
-    if start.startswith(b"\x1f\x8b"):
-        import gzip
-
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stream))
-    if start.startswith(b"BZh"):
-        import bz2
-
-        return cast(BinaryIO, bz2.BZ2File(stream))
-    if start == b"\xfd7zXZ\0":
-        return cast(BinaryIO, io.BufferedReader(_XzReader(stream), READ_BYTES))
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
-        return cast(BinaryIO, io.BufferedReader(ZstdReader(stream, path), READ_BYTES))
-    return stream
-
-
 def _tar_members(path: str, budget: Budget) -> Iterator[Member]:
     seen: set[str] = set()
-    with _open_tar_stream(path) as opened:
+    with decompressed(open(path, "rb"), path) as opened:
         counted = _Counted(opened, budget)
         counted.allowance = MAX_HEADER_BYTES
         # "r|" reads forward only; a name that is not UTF-8 becomes backslash escapes.

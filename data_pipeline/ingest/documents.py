@@ -1,23 +1,15 @@
 """Bytes and rows become records, or rejects with a reason: one outcome for each document."""
 
 import json
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import cast
 
-from data_pipeline.ingest.archive_members import ArchiveBomb, Member
-from data_pipeline.ingest.archives import DAMAGE, read_members
 from data_pipeline.ingest.code_contests import contest_record
 from data_pipeline.ingest.licenses import all_of
-from data_pipeline.ingest.rows import TEXT_FIELDS, jsonl_rows, parquet_rows
-from data_pipeline.ingest.sources import SourceFile, kind_of, printable
-from data_pipeline.records.jsonl import ZSTD_SUFFIX, ZstdReader, buffered
 from data_pipeline.records.record import Json, Record, Reject, record_id, reject_at
 from data_pipeline.records.text import DocumentError, check_text, decode_python
 
 MAX_NESTING = 100  # of the other fields of a row
-MAX_MEMBER_BYTES = 4 * 2**30  # of a data file in an archive
 
 # Names of the same thing in The Stack (v1, v2), codeparrot and others -> ours.
 _ALIASES = {
@@ -159,83 +151,3 @@ def _nesting(value: Json) -> int:
         children = (item.values() if isinstance(item, dict) else item for item in level)
         level = [child for group in children for child in group if isinstance(child, dict | list)]
     return depth
-
-
-def archive_outcomes(
-    file: SourceFile, field: str | None, rules: TextRules
-) -> Iterator[Record | Reject]:
-    """The outcomes of all documents of an archive: Python files, and rows of data files.
-
-    Args:
-        file: the archive.
-        field: text field of rows; None takes the first of `TEXT_FIELDS` that a row has.
-        rules: see `TextRules`.
-    """
-    where = file.name
-    try:
-        for member in read_members(file.path, file.size):
-            where = f"{file.name}!{printable(member.name)}"
-            if member.stream is None:
-                yield reject_at(rules.source, where, member.reason, member.detail)
-            else:
-                yield from _member_outcomes(member, where, field, rules)
-            where = file.name
-    except ArchiveBomb as error:
-        yield reject_at(rules.source, where, "archive_bomb", str(error))
-    except OSError as error:
-        yield reject_at(rules.source, where, "unreadable", str(error))
-
-
-def _member_outcomes(
-    member: Member, where: str, field: str | None, rules: TextRules
-) -> Iterator[Record | Reject]:
-    """The outcomes of one member; damage found in it is a reject, a bomb ends the archive."""
-    assert member.stream is not None
-    try:
-        if kind_of(member.name) == "python":
-            data = _read_up_to(member.stream, rules.max_bytes + 1)
-            if len(data) > rules.max_bytes:
-                detail = f"more than {rules.max_bytes} bytes"
-                yield reject_at(rules.source, where, "too_large", detail)
-            else:
-                path = printable(member.name)
-                yield python_outcome(data, where, path, rules)
-            return
-        rows = _member_rows(member.name, member.stream, where)
-        for position, row in rows:
-            if isinstance(row, tuple):
-                yield reject_at(rules.source, position, *row)
-            else:
-                there = field or next((f for f in TEXT_FIELDS if f in row), TEXT_FIELDS[0])
-                yield row_outcome(position, row, there, rules)
-    except (OSError, *DAMAGE) as error:
-        yield reject_at(rules.source, where, "unreadable", f"{type(error).__name__}: {error}")
-
-
-def _read_up_to(stream: BinaryIO, limit: int) -> bytes:
-    """The first bytes of a raw stream, whose `read` may give fewer than asked for."""
-    blocks = []
-    while limit > 0 and (block := stream.read(limit)):
-        blocks.append(block)
-        limit -= len(block)
-    return b"".join(blocks)
-
-
-def _member_rows(name: str, stream: BinaryIO, where: str) -> Iterator[Any]:
-    """The rows of a data file in an archive."""
-    if kind_of(name) == "jsonl":
-        if name.endswith(ZSTD_SUFFIX):
-            stream = cast(BinaryIO, ZstdReader(stream, where))
-        yield from jsonl_rows(buffered(stream), where)
-        return
-    # Parquet is read from its end: its bytes wait in a file without a name.
-    with tempfile.TemporaryFile() as copy:
-        taken = 0
-        while block := stream.read(2**20):
-            taken += len(block)
-            if taken > MAX_MEMBER_BYTES:
-                yield where, ("too_large", f"more than {MAX_MEMBER_BYTES} bytes")
-                return
-            copy.write(block)
-        copy.seek(0)
-        yield from parquet_rows(cast(BinaryIO, copy), where)

@@ -1,8 +1,8 @@
 """Rows of data files: JSON lines, Parquet, and data sets of the Hugging Face hub.
 
-The readers yield raw rows with their position, which does not depend on how a file is divided:
-`split_file` cuts a large file at fixed sizes into spans that are read independently, so that one
-file of many gigabytes keeps more than one process busy and still gives the same records.
+Rows have a position which does not depend on how a file is divided: a large file is cut at fixed
+sizes into spans that are read independently, so that one file of many gigabytes keeps more than one
+process busy and still gives the same records.
 """
 
 import importlib
@@ -10,13 +10,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.ingest.sources import SourceFile
-from data_pipeline.records.jsonl import MAX_LINE_BYTES, open_jsonl, read_lines
-from data_pipeline.records.record import Json, Reject, reject_at
-from megaphi.errors import RunError
+from data_pipeline.records.jsonl import MAX_LINE_BYTES, read_lines
+from data_pipeline.records.record import Json
 
 TEXT_FIELDS = ("content", "text", "code")
 PARQUET_ROWS = 256  # rows held at a time; The Stack has documents of 1 MB
@@ -34,95 +32,49 @@ class Span:
         start: first byte of a JSONL file; first row group of a Parquet file.
         stop: where the next piece starts. A line belongs to the piece in which it begins.
         row: number of the first row, Parquet only.
+        in_bytes: whether start and stop are bytes.
     """
 
     start: int
     stop: int
     row: int = 0
+    in_bytes: bool = True
 
 
-def split_file(file: SourceFile) -> list[Span | None]:
-    """The spans of a data file in order; [None] for one that is read whole.
-
-    Compressed JSONL is read whole, since its frames cannot be entered in the middle; so is a
-    Parquet file whose footer cannot be read, which becomes a reject when it is opened again.
-    """
-    if file.refused or file.size <= SPLIT_BYTES:
+def line_spans(size: int) -> list[Span | None]:
+    """The spans of a file of lines that is not compressed; [None] for a small one."""
+    if size <= SPLIT_BYTES:
         return [None]
-    if file.kind == "jsonl" and file.path.endswith(".jsonl"):
-        return [
-            Span(start, min(start + SPLIT_BYTES, file.size))
-            for start in range(0, file.size, SPLIT_BYTES)
-        ]
-    if file.kind == "parquet":
-        return _row_group_spans(file.path) or [None]
-    return [None]
+    starts = range(0, size, SPLIT_BYTES)
+    return [Span(start, min(start + SPLIT_BYTES, size)) for start in starts]
 
 
-def _row_group_spans(path: str) -> list[Span | None]:
+def row_group_spans(path: str, size: int) -> list[Span | None]:
     """Consecutive row groups up to `SPLIT_BYTES` of compressed columns each."""
+    if size <= SPLIT_BYTES:
+        return [None]
     parquet = _import("pyarrow.parquet", "pyarrow", "Parquet files")
     import pyarrow
 
     try:
         metadata = parquet.read_metadata(path)
     except (OSError, pyarrow.ArrowException):
-        return []
+        return [None]  # a reject, when it is opened again
     spans: list[Span | None] = []
-    start = size = row = next_row = 0
+    start = gathered = row = next_row = 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         stored = sum(
             group.column(column).total_compressed_size for column in range(group.num_columns)
         )
-        if index > start and size + stored > SPLIT_BYTES:
-            spans.append(Span(start, index, row))
-            start, size, row = index, 0, next_row
-        size += stored
+        if index > start and gathered + stored > SPLIT_BYTES:
+            spans.append(Span(start, index, row, in_bytes=False))
+            start, gathered, row = index, 0, next_row
+        gathered += stored
         next_row += group.num_rows
     if metadata.num_row_groups > start:
-        spans.append(Span(start, metadata.num_row_groups, row))
-    return spans
-
-
-def read_rows(
-    file: SourceFile, source: str, span: Span | None = None, columns: Sequence[str] | None = None
-) -> Iterator[tuple[str, dict[str, Json] | Reject]]:
-    """Yield (position, row or reject) of a JSONL file, Parquet file or hub data set.
-
-    A file that ends early or cannot be read gives one reject `unreadable` for the rest of it.
-
-    Args:
-        file: the file.
-        source: label, for the ids of rejects.
-        span: the piece to read; None reads all.
-        columns: columns of a Parquet file that are wanted; None reads all.
-    """
-    if file.kind == "jsonl":
-        rows = _jsonl_file_rows(file, span)
-    elif file.kind == "parquet":
-        rows = parquet_rows(file.path, file.name, span, columns)
-    else:
-        rows = _hub_rows(file)
-    while True:
-        try:
-            position, row = next(rows)
-        except StopIteration:
-            return
-        except OSError as error:
-            if file.kind == "hub":  # half a data set for want of a network must not pass for all
-                raise RunError(f"{file.path}: stopped while it was being read: {error}") from None
-            yield file.name, reject_at(source, file.name, "unreadable", str(error))
-            return
-        if isinstance(row, tuple):
-            yield position, reject_at(source, position, *row)
-        else:
-            yield position, row
-
-
-def _jsonl_file_rows(file: SourceFile, span: Span | None) -> Iterator[Row]:
-    with open_jsonl(Path(file.path)) as stream:
-        yield from jsonl_rows(stream, file.name, span)
+        spans.append(Span(start, metadata.num_row_groups, row, in_bytes=False))
+    return spans or [None]
 
 
 def jsonl_rows(stream: BinaryIO, name: str, span: Span | None = None) -> Iterator[Row]:
@@ -188,7 +140,13 @@ def parquet_rows(
         raise OSError(f"not a readable Parquet file: {error}") from None
 
 
-def _hub_rows(file: SourceFile) -> Iterator[Row]:
+def hub_rows(file: SourceFile) -> Iterator[Row]:
+    """The rows of a data set of the hub, or of one saved by `datasets`.
+
+    Raises:
+        ValueError: it cannot be had: offline, unknown, no such split.
+        OSError: it stops on the way.
+    """
     for number, row in enumerate(_load_dataset(file)):
         yield f"{file.name}:row {number}", row
 
@@ -226,14 +184,6 @@ def _import(module: str, distribution: str, what: str) -> Any:
         raise ValueError(
             f"reading {what} needs {distribution}: pip install 'megaphi[data]'"
         ) from None
-
-
-def first_row(file: SourceFile) -> tuple[str, dict[str, Json]] | None:
-    """(position, row) of the first row of a data file that is an object; None if there is none."""
-    for position, row in read_rows(file, ""):
-        if not isinstance(row, Reject):
-            return position, row
-    return None
 
 
 def text_field(position: str, row: dict[str, Json], wanted: str | None) -> str:

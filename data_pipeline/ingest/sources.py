@@ -1,8 +1,7 @@
 """Where raw documents come from: source trees, data files, archives, dumps, hub data sets.
 
-`find_source` turns a name on the command line into a `Source`, a list of files of known kinds. How
-rows are read is in `rows.py`, archives are in `archives.py`, the Stack Exchange dump is in
-`stackoverflow.py`; what makes a document acceptable is decided in `ingest.py`.
+`find_source` turns a name on the command line into a `Source`, a list of files of known kinds;
+`readers.py` has the reader of each kind.
 """
 
 import fnmatch
@@ -13,25 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.records.record import digest
-from megaphi.durable import file_sha256
-
 Kind = Literal["python", "jsonl", "parquet", "archive", "posts", "hub"]
 
-SUFFIXES: dict[str, Kind] = {
-    ".py": "python",
-    ".jsonl": "jsonl",
-    ".jsonl.zst": "jsonl",
+_COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst")
+ENDINGS: dict[str, Kind] = {
+    **dict.fromkeys((".py", ".pyw"), "python"),
+    **dict.fromkeys((f".jsonl{packed}" for packed in _COMPRESSED), "jsonl"),
+    **dict.fromkeys((f".ndjson{packed}" for packed in _COMPRESSED), "jsonl"),
     ".parquet": "parquet",
-    **dict.fromkeys(
-        (
-            *(".zip", ".7z", ".tar", ".tgz", ".txz", ".tbz2"),
-            *(".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst"),
-        ),
-        "archive",
-    ),
+    **dict.fromkeys((".zip", ".7z", ".tgz", ".txz", ".tbz2"), "archive"),
+    **dict.fromkeys((f".tar{packed}" for packed in _COMPRESSED), "archive"),
     ".xml": "posts",
 }
+"""The kind of a file by the end of its name, in lower case; `readers.READERS` reads each kind."""
 POSTS_MEMBER = "Posts.xml"  # of a 7z archive of the Stack Exchange data dump
 
 
@@ -75,14 +68,15 @@ def printable(path: str) -> str:
 
 def kind_of(name: str) -> Kind | None:
     """The kind of a file by the end of its name; None for one that is not read."""
-    return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+    lowered = name.lower()
+    return next((kind for ending, kind in ENDINGS.items() if lowered.endswith(ending)), None)
 
 
 def find_source(argument: str, name: str, exclude: Sequence[str] = ()) -> Source:
     """Find what a SOURCE argument stands for.
 
     Args:
-        argument: a file of one of the kinds of `SUFFIXES`, a directory, a directory made by
+        argument: a file of one of the kinds of `ENDINGS`, a directory, a directory made by
             `datasets`, or the name of a data set on the Hugging Face hub.
         name: what its files are called in ids; unique within the run.
         exclude: patterns of names (as in a shell) of files and folders of a directory to leave out.
@@ -104,7 +98,7 @@ def find_source(argument: str, name: str, exclude: Sequence[str] = ()) -> Source
         return Source(argument, _find_files(argument, name, exclude))
     kind = kind_of(argument)
     if kind is None:
-        raise ValueError(f"{argument}: not one of the kinds that are read: {', '.join(SUFFIXES)}")
+        raise ValueError(f"{argument}: not one of the kinds that are read: {', '.join(ENDINGS)}")
     if not os.path.isfile(argument):
         raise ValueError(f"{argument}: is not a regular file")
     status = os.stat(argument)
@@ -141,7 +135,7 @@ def _find_files(root: str, name: str, exclude: Sequence[str]) -> list[SourceFile
         ]
     if found:
         return found
-    raise ValueError(f"{root}: holds none of the files that are read: {', '.join(SUFFIXES)}")
+    raise ValueError(f"{root}: holds none of the files that are read: {', '.join(ENDINGS)}")
 
 
 def _walk(root: str, name: str, exclude: Sequence[str], found: list[SourceFile]) -> None:
@@ -232,15 +226,3 @@ def read_bytes(file: SourceFile, limit: int) -> bytes:
     if len(data) > limit:
         raise OverflowError(f"more than {limit} bytes")
     return data
-
-
-def content_sha256(file: SourceFile) -> str:
-    """SHA-256 of a data file, or over the Arrow files of a saved data set; "" for a hub name.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if file.kind != "hub":
-        return file_sha256(Path(file.path))
-    arrow = sorted(Path(file.path).rglob("*.arrow"))
-    return digest([[item.name, file_sha256(item)] for item in arrow]) if arrow else ""

@@ -24,7 +24,6 @@ Archives, the Stack Exchange dump and programming contests have reasons of their
 (0.8 s for 1 MB, 13 s for 4 MB), and such words are embedded data, not code.
 """
 
-import hashlib
 import itertools
 import os
 import time
@@ -33,28 +32,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.ingest.code_contests import COLUMNS, is_contest_row
-from data_pipeline.ingest.documents import (
-    TextRules,
-    archive_outcomes,
-    python_outcome,
-    row_outcome,
-)
+from data_pipeline.ingest.code_contests import is_contest_row
+from data_pipeline.ingest.documents import TextRules
 from data_pipeline.ingest.licenses import load_filters, load_same_filters
 from data_pipeline.ingest.options import IngestOptions, IngestRun
-from data_pipeline.ingest.rows import Span, first_row, read_rows, split_file, text_field
+from data_pipeline.ingest.readers import READERS, Reading, first_row, identity
+from data_pipeline.ingest.rows import Span, text_field
 from data_pipeline.ingest.sources import (
     Source,
     SourceFile,
     check_outside,
-    content_sha256,
     find_source,
     printable,
-    read_bytes,
 )
 from data_pipeline.ingest.stackoverflow import PostOptions, TextLimits, read_posts
 from data_pipeline.records.record import Json, Record, Reject, digest, reject_at, with_content_id
-from data_pipeline.records.text import LONG_WORD, DocumentError
+from data_pipeline.records.text import LONG_WORD
 from data_pipeline.runner.finished import Finished, Show, run_planned
 from data_pipeline.runner.output import write_json
 from data_pipeline.runner.stage import Stage, Tally, Work
@@ -94,8 +87,8 @@ class Unit:
     @property
     def size(self) -> int:
         """Bytes, as far as they say how much work it is."""
-        pieces = self.span is not None and self.file.kind == "jsonl"
-        return self.span.stop - self.span.start if self.span and pieces else self.file.size
+        in_bytes = self.span is not None and self.span.in_bytes
+        return self.span.stop - self.span.start if self.span and in_bytes else self.file.size
 
     @property
     def is_first(self) -> bool:
@@ -194,11 +187,12 @@ def _plan_file(index: int, file: SourceFile, options: IngestOptions) -> list[Uni
     """
     wanted = None if options.format == "auto" else options.format
     kind, found, name = "text", None, options.text_field
+    reader = READERS[file.kind]
     if file.refused:
         pass
-    elif file.kind == "posts" or (file.path.endswith(".7z") and _holds_posts(file)):
+    elif reader.holds_posts(file):
         kind = "stackoverflow"
-    elif file.kind in ("jsonl", "parquet", "hub"):
+    else:
         found = first_row(file)
     if found is not None:
         kind = _row_format(found[1], options)
@@ -208,7 +202,7 @@ def _plan_file(index: int, file: SourceFile, options: IngestOptions) -> list[Uni
     label = options.source or _LABELS.get(wanted or kind, "local")
     return [
         Unit(source=index, file=file, format=kind, field=name, span=span, label=label)
-        for span in split_file(file)
+        for span in ([None] if file.refused else reader.spans(file))
     ]
 
 
@@ -218,12 +212,6 @@ def _row_format(row: dict[str, Json], options: IngestOptions) -> str:
         return "code-contests"
     is_stack = options.format == "stack" and any(field in row for field in _STACK_FIELDS)
     return "stack" if is_stack else "text"
-
-
-def _holds_posts(file: SourceFile) -> bool:
-    from data_pipeline.ingest.sevenzip import holds_posts
-
-    return holds_posts(file.path)
 
 
 def _divide(units: list[Unit]) -> list[list[Unit]]:
@@ -240,38 +228,14 @@ def _divide(units: list[Unit]) -> list[list[Unit]]:
     return shards
 
 
-def _load(file: SourceFile, max_bytes: int) -> bytes:
-    """The bytes of a source file.
-
-    Raises:
-        DocumentError: it cannot be read or is too large.
-    """
-    try:
-        return read_bytes(file, max_bytes)
-    except OSError as error:
-        raise DocumentError("unreadable", str(error.strerror or error)) from None
-    except OverflowError:
-        raise DocumentError("too_large", f"{file.size} bytes, above {max_bytes}") from None
+def _entry(unit: Unit, identity: tuple[int, str]) -> list[Json]:
+    """What a file contributes to the identity of its source: [source, name, bytes, SHA-256]."""
+    return [unit.source, unit.file.name, *identity]
 
 
 def _digest(unit: Unit, max_bytes: int) -> list[Json]:
-    """What a file contributes to the identity of its source: [source, name, bytes, SHA-256].
-
-    Files that are refused unread count by their name and size.
-    """
-    file = unit.file
-    if file.refused:
-        return [unit.source, file.name, 0, ""]
-    try:
-        if file.kind == "python":
-            return _bytes_digest(unit, _load(file, max_bytes))
-        return [unit.source, file.name, file.size, content_sha256(file)]
-    except (OSError, DocumentError):
-        return [unit.source, file.name, file.size, ""]
-
-
-def _bytes_digest(unit: Unit, data: bytes) -> list[Json]:
-    return [unit.source, unit.file.name, len(data), hashlib.sha256(data).hexdigest()]
+    """The entry of a file that has not been read yet."""
+    return _entry(unit, (0, "") if unit.file.refused else identity(unit.file, max_bytes))
 
 
 def _describe(sources: list[Source], entries: list[list[Json]]) -> list[dict[str, Json]]:
@@ -322,14 +286,11 @@ def _read_unit(unit: Unit, options: IngestOptions, tally: Tally) -> Iterator[Rec
         max_bytes=options.max_bytes,
         max_solutions=options.max_solutions,
     )
-    if file.kind == "python" and not file.refused:
-        yield _python_outcome(unit, rules, tally)
-        return
-    if unit.is_first:
-        tally.inputs.append(_digest(unit, options.max_bytes))
     if file.refused:
+        tally.inputs.append(_digest(unit, options.max_bytes))
         yield reject_at(unit.label, file.name, file.reason, file.refused)
     elif unit.format == "stackoverflow":
+        tally.inputs.append(_digest(unit, options.max_bytes))
         posts = PostOptions(
             tags=tuple(options.tags),
             min_score=options.min_score,
@@ -338,23 +299,12 @@ def _read_unit(unit: Unit, options: IngestOptions, tally: Tally) -> Iterator[Rec
         )
         limits = TextLimits(min_bytes=options.min_bytes, max_bytes=options.max_bytes)
         yield from read_posts(file, unit.label, posts, limits, tally.notes)
-    elif file.kind == "archive":
-        yield from archive_outcomes(file, options.text_field, rules)
     else:
-        is_contest = unit.format == "code-contests"
-        columns = COLUMNS if is_contest else None
-        name = None if is_contest else unit.field
-        for position, row in read_rows(file, unit.label, unit.span, columns):
-            yield row if isinstance(row, Reject) else row_outcome(position, row, name, rules)
-
-
-def _python_outcome(unit: Unit, rules: TextRules, tally: Tally) -> Record | Reject:
-    """The record of one source file, or why there is none."""
-    file = unit.file
-    try:
-        data = _load(file, rules.max_bytes)
-    except DocumentError as error:
-        tally.inputs.append([unit.source, file.name, file.size, ""])
-        return reject_at(unit.label, file.name, error.reason, error.detail)
-    tally.inputs.append(_bytes_digest(unit, data))
-    return python_outcome(data, file.name, file.inside, rules)
+        reading = Reading(
+            rules=rules,
+            field=unit.field,
+            is_contest=unit.format == "code-contests",
+            span=unit.span,
+            describe=lambda size, sha256: tally.inputs.append(_entry(unit, (size, sha256))),
+        )
+        yield from READERS[file.kind].outcomes(file, reading)

@@ -111,7 +111,7 @@ class Ledger:
         try:
             self._size = self._replay()
         except BaseException:
-            os.close(self._file)
+            self._file.close()
             raise
         for batch in list(self.batches.values()):
             if batch.step == "planned":  # nothing of it was started
@@ -136,7 +136,7 @@ class Ledger:
                 where = f"{self.path}: byte {offset}"
                 if line is None:
                     raise RunError(f"{where}: a line longer than {MAX_LINE_BYTES} bytes")
-                whole = offset + len(line) + 1 <= os.fstat(self._file).st_size
+                whole = offset + len(line) + 1 <= os.fstat(self._file.fileno()).st_size
                 try:
                     if not whole:
                         raise ValueError("no line end")
@@ -149,7 +149,7 @@ class Ledger:
                         ) from None
                     break
                 end = offset + len(line) + 1
-        os.ftruncate(self._file, end)
+        self._file.truncate(end)
         return end
 
     def _apply(self, entry: dict[str, Any], offset: int, length: int) -> None:
@@ -193,7 +193,7 @@ class Ledger:
         place = self._places.get(request)
         if place is None:
             return None
-        line = os.pread(self._file, place[1], place[0])
+        line = os.pread(self._file.fileno(), place[1], place[0])
         try:
             return Answer(**json.loads(line)["answer"])
         except (ValueError, KeyError, TypeError):
@@ -335,8 +335,8 @@ class Ledger:
 
     def _write(self, data: bytes) -> None:
         while data:
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+            data = data[self._file.write(data) :]
+        os.fsync(self._file.fileno())
 
     def _flush_now(self) -> None:
         if self._buffer:
@@ -347,4 +347,4 @@ class Ledger:
     def close(self) -> None:
         """Write what is pending and let go of the file."""
         self._flush_now()
-        os.close(self._file)
+        self._file.close()

@@ -20,6 +20,7 @@ import socket
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ class WorkDirectory:
 
     def __init__(self, path: Path, plan: str, *, shared: bool = False) -> None:
         self.path = path
-        self._lock: int | None = None
+        self._lock: FileIO | None = None
         plan_file = path / PLAN_NAME
         if shared:
             self._share(plan_file, plan)
@@ -331,7 +332,7 @@ class WorkDirectory:
     def release(self) -> None:
         """Give up the lock; what was not published waits for a later run to take over."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
 

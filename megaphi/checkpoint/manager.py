@@ -11,12 +11,12 @@ what it says, is for main alone to decide: another host may see the directory a 
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class CheckpointManager:
         self._staging: Staging | None = None
         self._has_told = False
         self._protected: Path | None = None
-        self._lock: int | None = None
+        self._lock: FileIO | None = None
         self.mesh.on_main(self._claim)
 
     def _claim(self) -> None:
@@ -147,8 +147,7 @@ class CheckpointManager:
             print(f"megaphi: the last checkpoint failed: {error}", file=sys.stderr, flush=True)
         self._background.close()
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.close()
 
     def save(self, step: int, tensors: dict[str, Tensor], trainer_state: dict[str, Any]) -> None:
         """Publish a checkpoint of `step`, verify it, and drop those that are too old.

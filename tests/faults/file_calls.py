@@ -159,6 +159,13 @@ def watch_files(
 
         return watched
 
+    def os_open(path: Any, flags: int, *rest: Any, dir_fd: int | None = None) -> int:
+        action = lambda: real["open"](path, flags, *rest, dir_fd=dir_fd)  # noqa: E731
+        absolute = _absolute(path, dir_fd)
+        if not flags & os.O_CREAT or os.path.exists(absolute):
+            return int(action())
+        return int(watch.do("create", absolute, action))
+
     def fsync(descriptor: Any) -> None:
         watch.do("sync", _absolute(descriptor), lambda: None)
 
@@ -192,6 +199,7 @@ def watch_files(
         "remove": one_path("remove", "unlink"),
         "rename": rename("rename"),
         "replace": rename("replace"),
+        "open": os_open,
         "fsync": fsync,
         "sendfile": sendfile,
         **{name: unexpected(name) for name in ("link", "symlink", "truncate")},
@@ -205,6 +213,7 @@ def watch_files(
 
 
 _CHANGING = (
-    *("mkdir", "rmdir", "unlink", "remove", "rename", "replace", "fsync", "sendfile"),
+    *("mkdir", "rmdir", "unlink", "remove", "rename", "replace", "open", "fsync"),
+    "sendfile",
     *("link", "symlink", "truncate"),
 )

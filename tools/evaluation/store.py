@@ -70,15 +70,13 @@ def open_directory(directory: Path, settings: Mapping[str, Any]) -> Iterator[Non
         lock = open_locked(directory / ".lock")
     except BlockingIOError:
         raise ValueError(f"{directory}: another evaluation is running in it") from None
-    try:
+    with lock:
         path = directory / SETTINGS_NAME
         if path.exists():
             _compare(path, settings)
         else:
             write_durably(path, json.dumps(settings, indent=1) + "\n")
         yield
-    finally:
-        os.close(lock)
 
 
 def _compare(path: Path, settings: Mapping[str, Any]) -> None:
