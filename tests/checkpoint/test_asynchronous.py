@@ -163,7 +163,7 @@ def test_a_failed_save_stops_the_run_and_takes_nothing_with_it(
     if stage == "write":
         stack.enter_context(before_tensor_writes(fail_third(str)))
     elif stage == "publish":
-        monkeypatch.setattr(manager, "publish", fail_third(manager.publish))
+        monkeypatch.setattr(manager, "publish_directory", fail_third(manager.publish_directory))
     else:
         monkeypatch.setattr(manager, "verify_files", fail_third(manager.verify_files))
     run_dir = tmp_path / "run"
@@ -195,7 +195,7 @@ def test_the_last_save_is_complete_and_its_failure_is_the_runs(
         toy_tokens, tmp_path / "run", train__steps=3, checkpoint__asynchronous="true"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(manager, "publish", fail)
+        patch.setattr(manager, "publish_directory", fail)
         with pytest.raises(CheckpointError, match="No space left on device"):
             train_here(options)
     assert find_checkpoints(tmp_path / "run") == []

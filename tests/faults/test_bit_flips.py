@@ -81,7 +81,7 @@ def test_a_disk_that_changes_what_was_written_is_found_by_the_save(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new checkpoint is read again before `latest` names it and an older one is dropped."""
-    publish = manager_module.publish
+    publish = manager_module.publish_directory
 
     def publish_and_damage(temporary: Path, final: Path) -> None:
         publish(temporary, final)
@@ -89,7 +89,7 @@ def test_a_disk_that_changes_what_was_written_is_found_by_the_save(
 
     before = find_checkpoints(run_dir)
     latest = (run_dir / "latest").read_text()
-    monkeypatch.setattr(manager_module, "publish", publish_and_damage)
+    monkeypatch.setattr(manager_module, "publish_directory", publish_and_damage)
     with manager_of(run_dir, asynchronous=False) as manager:
         with pytest.raises(CheckpointError, match="just written does not verify"):
             manager.save(NEW, state(NEW, manager.mesh), trainer_state(NEW))
