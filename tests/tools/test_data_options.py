@@ -32,10 +32,6 @@ VALUES = {
     "ngram": "11",
     "rename": "seed=dice",
     "tokens": "1000",
-    "depth": "3",
-    "wrong": None,  # of exercises alone, as repetition is; the kind here is a suite
-    "repetition": None,
-    "compositions": None,
 }
 
 
@@ -57,7 +53,8 @@ def every_option(name: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("name", list(STAGES))
+# what the options of compose are worth depends on its kind: none takes all of them
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "compose"])
 def test_options_become_the_words_that_stand_for_them(name: str) -> None:
     """What a Slurm job is started with is what the user asked for."""
     options, as_json = parse(STAGES[name], every_option(name))
