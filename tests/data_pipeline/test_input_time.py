@@ -41,8 +41,8 @@ def is_linear(function: Callable[[int], Callable[[], object]]) -> bool:
 def quietly(function: Callable[[], object]) -> None:
     try:
         function()
-    except DocumentError:
-        return
+    except (DocumentError, MemoryError, RecursionError):
+        return  # the worker in which texts are parsed dies of the last two
 
 
 @pytest.mark.parametrize("unit", [" ", "\t", "\n", "```\n", "``` ", "~~~", "a ", "`", "(", "# "])
@@ -53,10 +53,10 @@ def test_texts_are_read_in_linear_time(unit: str) -> None:
         lambda text: quietly(lambda: check_textbook(text, 5)),
         lambda text: quietly(lambda: check_exercise(text, "f")),
     ]
-    if unit != "(":  # which the parser itself refuses
-        functions.append(
-            lambda text: function_strings({"text": f"x y{text}", "shortest": 1, "longest": 50})
-        )
+    request = {"shortest": 1, "longest": 50}
+    functions.append(
+        lambda text: quietly(lambda: function_strings({"text": f"x y{text}", **request}))
+    )
     for function in functions:
         assert is_linear(lambda size, f=function: lambda: f(unit * (10 * size // len(unit))))
 
