@@ -25,6 +25,7 @@ say "ruff"
 "$PYTHON" -m ruff check .
 say "mypy"
 "$PYTHON" -m mypy
+"$PYTHON" -m mypy --package tests
 say "import contract"
 PYTHONPATH=. "$VENV/bin/lint-imports" --no-cache | tail -n 12
 say "pytest"

@@ -4,17 +4,23 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megaphi.data.indexed import IndexedDatasetWriter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def short_and_slow(short: Sequence[Any], slow: Sequence[Any]) -> list[Any]:
+    """Values of a parametrized test; those in `slow` only run in `launch/test.sh --all`."""
+    return [*short, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
 
 
 def write_toy_tokens(prefix: Path, *, vocab_size: int = 512, documents: int = 200) -> Path:
@@ -92,7 +98,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def curve(run_dir: Path) -> dict[tuple[int, str], tuple[float, ...]]:
     """Everything of a run's metrics that must not depend on chance: losses and norms."""
-    values = {}
+    values: dict[tuple[int, str], tuple[float, ...]] = {}
     for row in metrics(run_dir):
         if "event" in row:
             continue

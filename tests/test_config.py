@@ -164,9 +164,9 @@ def test_a_pipeline_needs_enough_micro_batches(
 def test_processes_that_do_not_divide_are_refused_with_the_nearest_count() -> None:
     parallel = Parallel(pipeline=2, tensor=2)
     assert grid_shape(parallel, 8) == (2, 2, 1, 2)
-    with pytest.raises(ValueError, match=r"6 processes do not divide .*= 4; start 4 or 8"):
+    with pytest.raises(ValueError, match=r"6 processes.*4 or 8"):
         grid_shape(parallel, 6)
-    with pytest.raises(ValueError, match=r"2 processes do not divide .*= 4; start 4"):
+    with pytest.raises(ValueError, match=r"2 processes.*4"):
         grid_shape(parallel, 2)
-    with pytest.raises(ValueError, match=r"replicate=4 does not divide the 6 .* is 2"):
+    with pytest.raises(ValueError, match=r"replicate=4.*6"):
         grid_shape(Parallel(replicate=4), 6)

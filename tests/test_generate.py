@@ -182,11 +182,11 @@ def test_each_row_has_its_own_stop_texts(model: Phi) -> None:
     cuts = [first_end(free, row) for row in stops]
     assert [row.text for row in found] == [free[:cut] for cut in cuts]
     assert found[2].num_tokens < found[1].num_tokens == 40
-    with pytest.raises(ValueError, match="not one text"):
+    with pytest.raises(ValueError, match="one text"):
         generate_text(model, PROMPTS, byte_text, max_new_tokens=3, stops="end")
-    with pytest.raises(ValueError, match="2 rows and 4 prompts"):
+    with pytest.raises(ValueError, match=r"2 rows.*4"):
         generate_text(model, PROMPTS, byte_text, max_new_tokens=3, stops=[["a"], ["b"]])
-    with pytest.raises(ValueError, match="must not be empty"):
+    with pytest.raises(ValueError, match="empty"):
         generate_text(model, PROMPTS, byte_text, max_new_tokens=3, stops=[""])
 
 
@@ -322,7 +322,7 @@ def test_tiny_top_p_is_greedy(model: Phi) -> None:
 def test_context_is_used_to_its_end_and_not_beyond(model: Phi) -> None:
     prompt = list(range(1, 37))
     assert generate(model, [prompt], max_new_tokens=60) == [recompute(model, prompt, 60)]
-    with pytest.raises(ValueError, match=r"prompt 1 has 36 tokens; with 61 new .* 96"):
+    with pytest.raises(ValueError, match=r"prompt 1 .*36 .*61 .*96"):
         generate(model, [[1], prompt], max_new_tokens=61)
 
 

@@ -108,6 +108,7 @@ def unmoved(launcher: Launcher, toy_tokens: Path, tmp_path_factory: pytest.TempP
     return run_dir
 
 
+@pytest.mark.slow
 def test_every_tensor_keeps_its_bits_from_layout_to_layout(
     launcher: Launcher, unmoved: Path, toy_tokens: Path, tmp_path: Path
 ) -> None:

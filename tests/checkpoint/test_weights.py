@@ -204,12 +204,12 @@ def test_newest_checkpoint_that_verifies_is_the_model(tmp_path: Path, capsys) ->
         resolve_model(run / "step-00000010")
     for step in (1, 2):
         (run / f"step-{step:08d}" / "model.json").unlink()
-    with pytest.raises(CheckpointError, match="none of its 3 checkpoints verifies"):
+    with pytest.raises(CheckpointError, match="3 checkpoints"):
         resolve_model(run)
 
 
 def test_what_is_no_model_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="hub are not looked up"):
+    with pytest.raises(FileNotFoundError, match="hub"):
         resolve_model("microsoft/phi-1")
     with pytest.raises(ValueError, match="not a model"):
         resolve_model(tmp_path)

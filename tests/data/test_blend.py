@@ -121,7 +121,7 @@ def test_the_cut_into_stretches_does_not_matter(monkeypatch, cells: int) -> None
     expected = blend_order(weights, 4001)
     monkeypatch.setattr(blend_module, "WALK_CELLS", cells * len(weights))
     for left, right in zip(expected, blend_order(weights, 4001), strict=True):
-        assert left.tolist() == right.tolist()
+        assert np.array_equal(left, right)
 
 
 @pytest.mark.parametrize("wrong", [-5.0, 3.0, 1e6])
@@ -278,7 +278,7 @@ def test_neither_weights_nor_size_gives_every_sample_once(corpora) -> None:
     dataset = build(value, None)
     parts = [plain(prefix, None) for prefix in value]
     found = sorted(dataset[k].tolist() for k in range(len(dataset)))
-    assert found == sorted(sample.tolist() for part in parts for sample in part)
+    assert found == sorted(part[k].tolist() for part in parts for k in range(len(part)))
 
 
 def test_one_prefix_with_a_weight_depends_on_the_way_it_is_asked_for(corpora) -> None:
@@ -318,24 +318,24 @@ def test_splits_are_taken_from_every_prefix(corpora) -> None:
 def test_requests_that_cannot_be_met(corpora, tmp_path) -> None:
     a, b = corpora["a"], corpora["b"]
     for value in (f"1 {a} 1 {b}", f"1 {a}"):
-        with pytest.raises(ValueError, match="need a number of samples"):
+        with pytest.raises(ValueError, match="number of samples"):
             build(value, None)
-    with pytest.raises(ValueError, match="gives nothing to test"):
+    with pytest.raises(ValueError, match="nothing to test"):
         build(a, 5, split="9,1", which="test")
-    with pytest.raises(ValueError, match="test gets none of the 40 sequences"):
+    with pytest.raises(ValueError, match=r"test.*40"):
         build(a, 5, split="969,30,1")
-    with pytest.raises(FileNotFoundError, match="no such token file"):
+    with pytest.raises(FileNotFoundError, match="token file"):
         build([a, str(tmp_path / "nothing")], 5)
     parts = [plain(a, None), plain(b, None)]
     with pytest.raises(
         ValueError, match=rf"a: the blend wants \d+ samples, it has {len(parts[0])}"
     ):
         BlendedDataset(parts, [9, 1], len(parts[0]) + len(parts[1]))
-    with pytest.raises(ValueError, match="need a number of samples"):
+    with pytest.raises(ValueError, match="number of samples"):
         BlendedDataset(parts, [9, 1], None)
-    with pytest.raises(ValueError, match="1 blend weights for 2 data sets"):
+    with pytest.raises(ValueError, match=r"1 blend weight.*2"):
         BlendedDataset(parts, [9], 4)
     dataset = BlendedDataset(parts, None, 4)
     for k in (-1, 4):
-        with pytest.raises(IndexError, match="the blend has 4"):
+        with pytest.raises(IndexError, match="has 4"):
             dataset[k]

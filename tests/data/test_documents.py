@@ -162,12 +162,12 @@ def test_the_end_of_a_document_comes_from_the_token_files(tmp_path: Path) -> Non
 
     other = token_file(tmp_path / "other", 8)
     recipe = recipe_of(train, other)
-    with pytest.raises(ValueError, match=r"token 8 in .*other, but with 7 in .*train"):
+    with pytest.raises(ValueError, match=r"8 .*other.* 7 .*train"):
         end_of_document(recipe, check_token_files(recipe))
 
     bare = token_file(tmp_path / "bare", None)
     recipe = recipe_of(train, bare)
-    with pytest.raises(ValueError, match=r"data\.mask_documents: .*bare\.json is missing"):
+    with pytest.raises(ValueError, match=r"data\.mask_documents: .*bare\.json"):
         end_of_document(recipe, check_token_files(recipe))
     recipe = recipe_of(train, bare, mask=False)
     assert end_of_document(recipe, check_token_files(recipe)) is None

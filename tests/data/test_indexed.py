@@ -81,7 +81,12 @@ def test_reads_the_golden_file(tmp_path: Path) -> None:
     assert indexed.pointers.tolist() == [0, 6, 12, 14]
     assert indexed.document_index.tolist() == [0, 1, 2, 2, 4]
     assert (len(indexed), indexed.num_tokens) == (4, 8)
-    assert [sequence.tolist() for sequence in indexed] == [[1, 2, 3], [4, 5, 50256], [7], [8]]
+    assert [indexed[n].tolist() for n in range(len(indexed))] == [
+        [1, 2, 3],
+        [4, 5, 50256],
+        [7],
+        [8],
+    ]
     assert indexed.get(1, 1).tolist() == [5, 50256]
     assert indexed.get(1, 1, 1).tolist() == [5]
     assert indexed.get(1, 3).tolist() == []
@@ -132,7 +137,7 @@ def test_any_documents_come_back(data: st.DataObject, tmp_path_factory) -> None:
             IndexedDataset(prefix)
         return
     indexed = IndexedDataset(prefix)
-    assert [sequence.tolist() for sequence in indexed] == sequences
+    assert [indexed[n].tolist() for n in range(len(indexed))] == sequences
     assert indexed.document_index.tolist() == document_ends
     assert indexed.dtype == dtype
 
@@ -212,7 +217,7 @@ def test_broken_indexes_are_refused_at_open(tmp_path: Path, case: str) -> None:
 def test_bin_of_another_size_is_refused(tmp_path: Path, tokens: bytes) -> None:
     (tmp_path / "t.bin").write_bytes(tokens)
     (tmp_path / "t.idx").write_bytes(GOLDEN_IDX)
-    with pytest.raises(TokenFileError, match=r"t\.bin: \d+ bytes, but t\.idx describes 8"):
+    with pytest.raises(TokenFileError, match=r"t\.bin: \d+ .*t\.idx.* 8"):
         IndexedDataset(tmp_path / "t")
 
 
@@ -220,7 +225,7 @@ def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"without \.bin"):
         IndexedDataset(tmp_path / "t")
     (tmp_path / "t.bin").write_bytes(GOLDEN_BIN)
-    with pytest.raises(TokenFileError, match="was the build interrupted"):
+    with pytest.raises(TokenFileError, match="interrupted"):
         IndexedDataset(tmp_path / "t")
     (tmp_path / "t.bin").unlink()
     (tmp_path / "t.idx").write_bytes(GOLDEN_IDX)
@@ -281,7 +286,7 @@ def test_merging_equals_writing_at_once(tmp_path: Path) -> None:
 def test_merging_another_dtype_is_refused(tmp_path: Path) -> None:
     write_golden(tmp_path / "a")
     with (
-        pytest.raises(ValueError, match="holds uint16 tokens, cannot join int32"),
+        pytest.raises(ValueError, match=r"uint16.*int32"),
         IndexedDatasetWriter(tmp_path / "out", np.int32) as writer,
     ):
         writer.add_index(tmp_path / "a")
@@ -354,7 +359,7 @@ def test_killed_between_the_renames_an_older_index_does_not_survive(tmp_path: Pa
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert (tmp_path / "t.bin").read_bytes() == b"\t\0" * 8
-    with pytest.raises(TokenFileError, match="was the build interrupted"):
+    with pytest.raises(TokenFileError, match="interrupted"):
         IndexedDataset(tmp_path / "t")
 
 

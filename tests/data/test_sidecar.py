@@ -116,7 +116,7 @@ def test_a_file_that_grew_is_found_without_hashing(tmp_path: Path) -> None:
     for suffix in ("bin", "idx"):
         path = tmp_path / f"t.{suffix}"
         path.write_bytes((tmp_path / f"other.{suffix}").read_bytes())
-    with pytest.raises(TokenFileError, match=r"t\.bin: 8 bytes, but t\.json records 6"):
+    with pytest.raises(TokenFileError, match=r"t\.bin: 8 .*t\.json.* 6"):
         verify_info(tmp_path / "t", deep=False)
 
 
@@ -125,7 +125,7 @@ def test_counts_and_vocabulary_are_compared(tmp_path: Path) -> None:
     with pytest.raises(TokenFileError, match=r"records \(2, 2, 4\)"):
         verify_info(tmp_path / "t", deep=False)
     make(tmp_path / "t", [[1, 2], [50_999]], vocab_size=50_999)
-    with pytest.raises(TokenFileError, match="holds token id 50999"):
+    with pytest.raises(TokenFileError, match="50999"):
         verify_info(tmp_path / "t")
     make(tmp_path / "t", [[1, 2], [50_999]], vocab_size=51_000)
     assert verify_info(tmp_path / "t") is not None
@@ -164,11 +164,11 @@ def test_files_that_do_not_belong_together_are_not_merged(tmp_path: Path) -> Non
         merge_token_files([a, tmp_path / "b"], out)
     with pytest.raises(ValueError, match=r"unknown tokenizer .* cannot be merged"):
         merge_token_files([a, tmp_path / "c"], out)
-    with pytest.raises(ValueError, match="both source and output"):
+    with pytest.raises(ValueError, match="source and output"):
         merge_token_files([a, tmp_path / "c"], tmp_path / "x" / ".." / "a")
-    with pytest.raises(ValueError, match="no token files"):
+    with pytest.raises(ValueError, match="token files"):
         merge_token_files([], out)
-    with pytest.raises(FileNotFoundError, match="no such token file"):
+    with pytest.raises(FileNotFoundError, match="token file"):
         merge_token_files([tmp_path / "nothing"], out)
     assert not list(tmp_path.glob("m*"))
 

@@ -93,7 +93,7 @@ def test_a_straggler_cannot_write_into_what_was_published(tmp_path: Path) -> Non
         (straggler / "new").write_text("late")
     with pytest.raises(FileNotFoundError):
         finish_shard(straggler, work.shard_directory(0), {"part": [], "rejected": []})
-    with pytest.raises(RunError, match=r"is not there on .* share"):
+    with pytest.raises(RunError, match="share"):
         start_shard(work.shard_directory(0))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -140,12 +140,12 @@ def test_slices_share_the_shards_by_number_whatever_is_done_meanwhile(tmp_path: 
 
 def test_a_slice_refuses_another_plan_and_a_directory_that_nothing_planned(tmp_path: Path) -> None:
     out, slice_ = tmp_path / "out", Options(executor=SliceExecutor(1, index=0, slices=2))
-    with pytest.raises(RunError, match="nothing is planned there"):
+    with pytest.raises(RunError, match="nothing is planned"):
         run_stage(*numbers(4), out, slice_)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ShardsPlanned):
         run_stage(*numbers(4), out, Options(executor=PlanExecutor()))
-    with pytest.raises(RunError, match="planned from other inputs or options"):
+    with pytest.raises(RunError, match="other inputs"):
         run_stage(*numbers(5), out, slice_)
 
 
@@ -153,7 +153,7 @@ def test_slices_work_side_by_side_and_keep_a_whole_run_out(tmp_path: Path) -> No
     WorkDirectory(tmp_path / "w", "plan").release()
     one = WorkDirectory(tmp_path / "w", "plan", shared=True)
     two = WorkDirectory(tmp_path / "w", "plan", shared=True)
-    with pytest.raises(RunError, match="another process is writing there"):
+    with pytest.raises(RunError, match="another process"):
         WorkDirectory(tmp_path / "w", "plan")
     one.release()
     two.release()
@@ -319,7 +319,8 @@ def cluster(tmp_path: Path) -> Iterator[Any]:
             initialize_head=True,
             head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20},
         )
-        started.lost = started.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        lost = started.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        started.lost = lost  # type: ignore[attr-defined]
         try:
             yield started
         finally:

@@ -125,10 +125,10 @@ def test_forest_repeats_scikit_learn(tmp_path: Path) -> None:
             assert b"O'" not in archive.read(name)[:128]  # no objects, so nothing pickled
     features[7, 2] = np.nan
     assert np.flatnonzero(np.isnan(forest.positive_share(features))).tolist() == [7]
-    with pytest.raises(ValueError, match="12 features, these are 11"):
+    with pytest.raises(ValueError, match=r"12 features.*11"):
         forest.positive_share(features[:, 1:])
     (tmp_path / "a.npz").write_bytes(b"other")
-    with pytest.raises(RunError, match="differs from its manifest"):
+    with pytest.raises(RunError, match="manifest"):
         load_forest(tmp_path / "a.npz", sha256)
 
 
@@ -146,7 +146,7 @@ def test_curve_and_areas_are_those_of_scikit_learn() -> None:
     chosen = threshold_for_precision(curve, 0.8)
     reaching = [t for t in sorted(set(scores.tolist())) if labels[scores >= t].mean() >= 0.8]
     assert chosen == reaching[0] > min(scores)
-    with pytest.raises(ValueError, match="reaches at most 0"):
+    with pytest.raises(ValueError, match="at most 0"):
         threshold_for_precision(precision_recall(np.ones(4), np.array([0, 1, 1, 0], np.int8)), 0.9)
 
 
@@ -259,7 +259,7 @@ def test_drift_of_another_corpus_is_told_and_can_stop(trained: Path, tmp_path: P
     )
     assert told["verdict"] == "drift"
     selection = Selection(threshold=0.1, max_drift=0.25)
-    with pytest.raises(RunError, match="drifted"):
+    with pytest.raises(RunError, match="drift"):
         filter_records([other], made, tmp_path / "not", selection, Options())
     assert not (tmp_path / "not").exists()
     same = write_records(tmp_path, [rows_of(300, 6)], "same")
@@ -368,14 +368,14 @@ def test_a_filter_on_embeddings_from_labels_to_records(
 
 def test_wrong_calls_are_one_line_each(trained: Path, tmp_path: Path) -> None:
     records = trained / "records"
-    with pytest.raises(ValueError, match=r"no record has a quality\.score"):
+    with pytest.raises(ValueError, match=r"quality\.score"):
         train_filter(records, [records], tmp_path / "f", SMALL)
     few = add_labels(write_records(tmp_path, [rows_of(20, 2)], "few"), 20)
     with pytest.raises(ValueError, match="label more documents"):
         train_filter(few, [tmp_path / "few"], tmp_path / "f", SMALL)
     with pytest.raises(ValueError, match="none of the 300"):
         train_filter(trained / "records-labels", [tmp_path / "few"], tmp_path / "f", SMALL)
-    with pytest.raises(ValueError, match="holds the output of other inputs or options"):
+    with pytest.raises(ValueError, match="other inputs"):
         train_filter(
             trained / "records-labels", [records], trained / "filter", TrainingOptions(trees=3)
         )
@@ -409,5 +409,5 @@ def test_killed_at_any_file_operation(trained: Path, tmp_path: Path) -> None:
     argv = ["data", "filter", str(records), "--out", str(tmp_path / "out")]
     argv += ["--filter", str(trained / "filter"), "--threshold", "0.5", "--workers", "1"]
     report = drive(tmp_path, "out", "out/manifest.json", argv)
-    assert int(str(report["killed"])) >= 1
+    assert report["killed"] >= 1
     assert "out/drift.json" in str(report["files"])

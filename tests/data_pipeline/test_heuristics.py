@@ -265,5 +265,5 @@ def test_killed_at_any_file_operation(tmp_path: Path) -> None:
     argv = ["data", "heuristics", str(records), "--out", str(tmp_path / "out"), "--workers", "1"]
     argv += ["--max-reject", "1", "--no-detect-secrets"]
     report = drive(tmp_path, "out", "out/manifest.json", argv)
-    assert int(str(report["killed"])) >= 1
+    assert report["killed"] >= 1
     assert "out/part-00000.jsonl" in str(report["files"])

@@ -224,9 +224,9 @@ def test_trace_refuses_what_does_not_fit(stack: Path, tmp_path: Path) -> None:
     query = Query.of(["a/b"], [], [])
     for damaged in (whole[: whole.rindex(b"{")], whole + b'{"index":11}\n', whole[5:]):
         table.write_bytes(damaged)
-        with pytest.raises(RunError, match=r"a\.documents\.jsonl.*tokenize it again"):
+        with pytest.raises(RunError, match=r"a\.documents\.jsonl"):
             list(trace(tmp_path / "a", query, Searched()))
-    with pytest.raises(FileNotFoundError, match="neither a records directory"):
+    with pytest.raises(FileNotFoundError, match="records directory"):
         list(trace(tmp_path / "none", query, Searched()))
     with pytest.raises(ValueError, match="`repo`, `id` or `license`"):
         Query.of([], [], [])

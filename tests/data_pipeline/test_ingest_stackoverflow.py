@@ -232,7 +232,7 @@ def test_a_huge_row_is_refused_early() -> None:
             return b"<posts><row Body='" if self.given == size else b"x" * size
 
     stream = Endless()
-    with pytest.raises(RunError, match="a row longer than"):
+    with pytest.raises(RunError, match="longer"):
         list(parse_rows(stream, "Posts.xml"))  # type: ignore[arg-type]
     assert stream.given < 2 * stackoverflow.MAX_ROW_BYTES
 

@@ -290,7 +290,7 @@ def test_unusable_sources_are_named(
 def test_nothing_kept_is_an_error_and_nothing_looks_finished(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "empty.py").write_text("")
-    with pytest.raises(RunError, match=r"no document was kept of 1 \(empty 1\)"):
+    with pytest.raises(RunError, match="empty 1"):
         run([tmp_path / "tree"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert read_manifest(tmp_path / "out.rejected").rejected == {"empty": 1}

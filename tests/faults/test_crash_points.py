@@ -12,7 +12,6 @@ from megaphi.formats.manifest import CheckpointError, find_checkpoints, verify_c
 from tests.faults.file_calls import Call
 from tests.faults.save_trials import (
     BEFORE,
-    KINDS,
     NEW,
     OLD,
     Kind,
@@ -21,9 +20,14 @@ from tests.faults.save_trials import (
     crash_points,
 )
 from tests.faults.small_saves import manager_of, state, trainer_state
+from tests.helpers import short_and_slow
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    short_and_slow([Kind(1, False), Kind(2, True)], [Kind(1, True), Kind(2, False)]),
+    ids=str,
+)
 def test_dies_at_a_call(saves: Saves, kind: Kind, generator: random.Random) -> None:
     """All calls of the plainest save; of the others, the first and last of each kind and more."""
     limit = None if kind == Kind(1, False) else 18

@@ -178,20 +178,20 @@ def test_another_blend_is_refused(folder: Path, train_here: Train) -> None:
     options = {"train__steps": 5, "train__run_dir": folder / "blend"}
     resume(folder, train_here, **options, data__train=f"[0.5, {tokens}, 0.5, {tokens}]")
     options["train__steps"] = 6
-    with pytest.raises(ValueError, match=r"weights of data\.train was \[0\.5, 0\.5\]"):
+    with pytest.raises(ValueError, match=r"data\.train.*\[0\.5, 0\.5\]"):
         resume(folder, train_here, **options, data__train=f"[0.4, {tokens}, 0.6, {tokens}]")
 
 
 def test_another_corpus_is_refused(folder: Path, train_here: Train) -> None:
     """Of as many documents and tokens, with its own description."""
     write_tokens(folder / "tokens", first=1)
-    with pytest.raises(ValueError, match="content of the token files"):
+    with pytest.raises(ValueError, match="token files"):
         resume(folder, train_here)
 
 
 def test_another_tokenizer_is_refused(folder: Path, train_here: Train) -> None:
     write_tokens(folder / "tokens", tokenizer="cd")
-    with pytest.raises(ValueError, match="tokenizer of the token files"):
+    with pytest.raises(ValueError, match="tokenizer of"):
         resume(folder, train_here)
 
 
@@ -277,7 +277,7 @@ def test_forgotten_rewinds_are_refused(folder: Path, train_here: Train) -> None:
     record = {"spike": spike, "void_after": 2, "skipped": [[16, 32]]}
     edit(folder, lambda state: state.update(rewinds=[record]))
     (folder / "run" / "rewinds.json").write_text(json.dumps([{**record, "skipped": [[8, 32]]}]))
-    with pytest.raises(ValueError, match=r"does not belong to the rewinds in .*rewinds\.json"):
+    with pytest.raises(ValueError, match=r"rewinds\.json"):
         resume(folder, train_here)
     (folder / "run" / "rewinds.json").unlink()
     resume(folder, train_here)

@@ -177,7 +177,7 @@ def test_nothing_planted_reaches_the_tokens(
         )
         text = f'def load_{name}(total):\n{body}    key = """{secret}"""\n    return key, total\n'
         rows.append((text, f"good{number}/repo", ["MIT", "Apache-2.0"][: 1 + number % 2]))
-    cases = (
+    cases: tuple[tuple[str, list[str]], ...] = (
         *(("gpl/a", ["GPL-3.0-only"]), ("dual/a", ["MIT", "LGPL-2.1-only"]), ("none/a", [])),
         *(("gone/a", ["MIT"]), ("Left/b", ["MIT"]), ("odd/a", ["see LICENSE"])),
     )
@@ -221,9 +221,9 @@ def test_nothing_planted_reaches_the_tokens(
             assert line.startswith("-----") or line not in decoded, name
     for repo, marker in unwanted.items():
         assert marker not in decoded, repo
-    for line in provenance(prefix):
-        assert {"id", "source", "license", "repo", "path", "revision"} <= line.keys()
-        assert line["repo"] not in unwanted
+    for entry in provenance(prefix):
+        assert {"id", "source", "license", "repo", "path", "revision"} <= entry.keys()
+        assert entry["repo"] not in unwanted
     # nor does anything beside the token file hold a secret
     files = [Path(f"{prefix}{suffix}") for suffix in (".documents.jsonl", ".json", ".idx")]
     texts = "".join(path.read_bytes().decode("latin-1") for path in files)

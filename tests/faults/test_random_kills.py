@@ -7,6 +7,7 @@ import pytest
 
 from tests.faults.save_trials import KINDS, Kind
 from tests.faults.training_trials import Trainings
+from tests.helpers import short_and_slow
 from tests.layouts import Launcher
 
 
@@ -18,7 +19,11 @@ def trainings(
     return Trainings(launcher, toy_tokens, tmp_path_factory.mktemp("trainings"))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    short_and_slow([Kind(2, True)], [kind for kind in KINDS if kind != Kind(2, True)]),
+    ids=str,
+)
 def test_killed_three_times(trainings: Trainings, kind: Kind, generator: random.Random) -> None:
     """Final weights and curve are those of the uninterrupted run, to the last bit."""
     outcome = trainings.disturbed(kind, ["kill one", "kill all", "kill one"], generator)
@@ -27,6 +32,7 @@ def test_killed_three_times(trainings: Trainings, kind: Kind, generator: random.
     assert outcome.figures["starts"] == 4
 
 
+@pytest.mark.slow
 def test_everything_at_once(trainings: Trainings, generator: random.Random) -> None:
     """Killed, then damaged where it stands, then without space, then asked to stop."""
     events = ["kill one", "bit flip", "disk full", "swapped", "terminate", "zeroed"]

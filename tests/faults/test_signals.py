@@ -113,7 +113,7 @@ def test_a_signal_before_training_is_remembered() -> None:
         stop = StopRequest()
         stop.check()
         os.kill(os.getpid(), signal.SIGUSR1)
-        with pytest.raises(Preempted, match="before step 1, nothing is lost"):
+        with pytest.raises(Preempted, match="step 1"):
             stop.check()
     finally:
         for number, handler in previous.items():
@@ -157,7 +157,7 @@ def test_a_signal_before_the_trainer_is_made(
     monkeypatch.setitem(sys.modules, "megaphi.parallel.mesh", Heavy())
     monkeypatch.delitem(sys.modules, "megaphi.training.trainer")
     try:
-        with pytest.raises(Preempted, match="before step 1, nothing is lost"):
+        with pytest.raises(Preempted, match="step 1"):
             train.run(["--train.steps=1", f"--train.run_dir={tmp_path}", "--data.train=tokens"])
     finally:
         for number, handler in previous.items():
@@ -194,7 +194,7 @@ def test_metrics_that_cannot_be_written_stop_the_run(
         original(self, row)
 
     monkeypatch.setattr(RunLogger, "step", step)
-    with pytest.raises(RunError, match=r"metrics\.jsonl: step 8 .*No space left on device"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl.*step 8.*No space"):
         train_here(toy_options(toy_tokens, run_dir))
     monkeypatch.undo()
     train_here(toy_options(toy_tokens, run_dir))

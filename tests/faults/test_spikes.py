@@ -214,7 +214,7 @@ def test_only_a_sound_checkpoint_from_before_is_gone_back_to(tmp_path: Path) -> 
     assert rewinds.find_checkpoint().name == "step-00000009"
     for step in (8, 9):
         (tmp_path / f"step-{step:08d}" / "manifest.json").unlink()
-    with pytest.raises(RunError, match=r"step 11 .* no sound checkpoint of step 10 or before"):
+    with pytest.raises(RunError, match=r"step 11.*step 10"):
         rewinds.find_checkpoint()
 
 

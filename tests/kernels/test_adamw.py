@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from kernels import adamw, reference
 from kernels.adamw import BLOCK, adamw_step_, sum_of_squares
 from kernels.dispatch import interpreting
+from tests.helpers import short_and_slow
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -287,7 +288,7 @@ SIGNATURES = {
 
 
 @pytest.mark.skipif(interpreting(), reason="the interpreter and the compiler share no process")
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", short_and_slow([90], [80, 100]))
 @pytest.mark.parametrize(
     ("kernel", "aligned", "registers", "loads"),
     [

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import interpreting
+from tests.helpers import short_and_slow
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -168,7 +169,7 @@ BACKWARD = {
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", short_and_slow([90], [80, 100]))
 @pytest.mark.parametrize(
     ("kernel", "signature", "rows", "registers", "vector_loads"),
     [

@@ -13,6 +13,7 @@ from kernels import reference, softmax
 from kernels.cross_entropy import cross_entropy_, linear_cross_entropy
 from kernels.dispatch import interpreting
 from kernels.matmul import HAS_FP32_OUTPUT
+from tests.helpers import short_and_slow
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -244,7 +245,7 @@ def test_fp32_accumulation_of_narrow_products_has_this_signature() -> None:
 
 
 @pytest.mark.skipif(interpreting(), reason="the interpreter and the compiler share no process")
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", short_and_slow([90], [80, 100]))
 @pytest.mark.parametrize(("gradient", "registers", "loads"), [(True, 40, 4), (False, 40, 2)])
 def test_compiles_for(capability: int, gradient: bool, registers: int, loads: int) -> None:
     """At phi-1's vocabulary: three programs of 16 warps share a multiprocessor, wide loads."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.dispatch import interpreting
 from kernels.reference import DropoutSeed, dropout_masks
+from tests.helpers import short_and_slow
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -210,7 +211,7 @@ BACKWARD = {
 
 
 @with_triton
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", short_and_slow([90], [80, 100]))
 @pytest.mark.parametrize(
     ("kernel", "threshold", "registers", "loads"),
     [

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import reference_fp8
 from kernels.dispatch import interpreting
+from tests.helpers import short_and_slow
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -249,7 +250,7 @@ def compile_cast(source: str, target: str, transpose: bool, capability: int) -> 
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [89, 90, 100])
+@pytest.mark.parametrize("capability", short_and_slow([90], [89, 100]))
 @pytest.mark.parametrize("target", ["*fp8e4nv", "*fp8e5"])
 @pytest.mark.parametrize("transpose", [True, False])
 def test_cast_compiled_ahead_of_time(target: str, transpose: bool, capability: int) -> None:
@@ -261,7 +262,7 @@ def test_cast_compiled_ahead_of_time(target: str, transpose: bool, capability: i
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [89, 90, 100])
+@pytest.mark.parametrize("capability", short_and_slow([90], [89, 100]))
 def test_scale_compiled_ahead_of_time(capability: int) -> None:
     constants = {"LIMIT": 448.0, "BLOCK": 4096}
     pointers = dict.fromkeys(("partial_amax", "scale", "inverse"), "*fp32")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreting
+from tests.helpers import short_and_slow
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -201,7 +202,7 @@ BACKWARD = {
 
 
 @with_triton
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", short_and_slow([90], [80]))
 @pytest.mark.parametrize(
     ("kernel", "signature", "registers"),
     [("forward_kernel", FORWARD, 40), ("backward_kernel", BACKWARD, 80)],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import interpreting
+from tests.helpers import short_and_slow
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -321,7 +322,7 @@ def test_numerics_in_a_child() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", short_and_slow([90], [80, 100]))
 @pytest.mark.parametrize("copy", [False, True])
 def test_compiled_ahead_of_time_at_phi1_width(capability: int, copy: bool) -> None:
     """In place: four 16-byte loads of the tables, two of the projection; nothing spills."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import ops
 from kernels.dispatch import interpreting
+from tests.helpers import short_and_slow
 from tests.kernels.compile_for_gpu import resources
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
 
@@ -125,7 +126,7 @@ def test_operators() -> None:
 
 @with_triton
 @pytest.mark.skipif(interpreting(), reason="the interpreter and the compiler share no process")
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", short_and_slow([90], [80, 100]))
 @pytest.mark.parametrize(
     ("kernel", "pointers", "registers", "loads"),
     [

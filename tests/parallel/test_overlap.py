@@ -211,7 +211,7 @@ def test_values_and_gradients(
     assert layers[1].bias.grad is None
     pairs = [(x, exact_x), (layers[0].bias, exact[0].bias)]
     pairs += [(a.weight, b.weight) for a, b in zip(layers, exact, strict=True)]
-    for ours, other in pairs:
+    for ours, other in pairs:  # type: ignore[assignment]
         torch.testing.assert_close(ours.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
 
 

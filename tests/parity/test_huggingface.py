@@ -221,7 +221,7 @@ def test_both_spellings_of_the_rotary_settings_are_read(config: Model) -> None:
     assert model_from_config(old, Path("config.json")) == config
     assert transformers.PhiConfig(**old).rope_parameters == new["rope_parameters"]
     both = {**old, "rope_parameters": {**new["rope_parameters"], "rope_theta": 7.0}}
-    with pytest.raises(ValueError, match="rope_theta has the values"):
+    with pytest.raises(ValueError, match="rope_theta"):
         model_from_config(both, Path("config.json"))
 
 

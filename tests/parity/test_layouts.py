@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from tests.helpers import curve, toy_options
+from tests.helpers import curve, short_and_slow, toy_options
 from tests.layouts import Launcher
 from tests.parity.test_data_parallel import assert_same_curve
 
@@ -91,13 +91,12 @@ def axes(layout: tuple[int, int, int, int]) -> dict[str, int]:
     }
 
 
-def short_or_slow(layout: tuple[int, int, int, int]) -> Any:
-    """Each axis and each pair of axes, two processes wide, is short; the rest is slow."""
-    is_short = max(layout) == 2 and sum(size > 1 for size in layout) <= 2
-    return pytest.param(layout, marks=() if is_short else pytest.mark.slow, id=str(layout))
+# each axis and each pair of axes, two processes wide
+SHORT = [layout for layout in layouts() if max(layout) == 2 and sorted(layout)[:2] == [1, 1]]
+LONG = [layout for layout in layouts() if layout not in SHORT]
 
 
-@pytest.mark.parametrize("layout", [short_or_slow(layout) for layout in layouts()])
+@pytest.mark.parametrize("layout", short_and_slow(SHORT, LONG), ids=str)
 def test_every_layout_gives_the_curve_of_one_process(
     launcher: Launcher,
     one_process: Path,
@@ -112,7 +111,7 @@ def test_every_layout_gives_the_curve_of_one_process(
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[1:])
-@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tensor", short_and_slow([1], [2]))
 def test_every_schedule_gives_the_curve_of_one_process(
     launcher: Launcher,
     one_process: Path,
@@ -162,13 +161,7 @@ def test_recomputation_and_full_sharding_change_nothing(
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        (1, 2, 1, 1),
-        *(
-            pytest.param(layout, marks=pytest.mark.slow)
-            for layout in [(1, 4, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2), (2, 2, 1, 1)]
-        ),
-    ],
+    short_and_slow([(1, 2, 1, 1)], [(1, 4, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2), (2, 2, 1, 1)]),
     ids=str,
 )
 def test_groups_with_whole_sets_of_shards_change_nothing(
@@ -193,9 +186,7 @@ def test_stages_of_unequal_size(launcher: Launcher, toy_tokens: Path, tmp_path: 
     assert_same_curve(one, two)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["bf16", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp16", "fp32"))]
-)
+@pytest.mark.parametrize("dtype", short_and_slow(["bf16"], ["fp16", "fp32"]))
 def test_number_formats_agree_under_every_axis(
     launcher: Launcher, one_process: Path, toy_tokens: Path, tmp_path: Path, dtype: str
 ) -> None:

@@ -98,10 +98,13 @@ def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`transformer_engine` as far as the adapter uses it."""
     CALLS.clear()
     pytorch = ModuleType("transformer_engine.pytorch")
-    pytorch.Linear, pytorch.autocast = StandInLinear, autocast
+    vars(pytorch).update(Linear=StandInLinear, autocast=autocast)
     recipe = ModuleType("transformer_engine.common.recipe")
-    recipe.DelayedScaling, recipe.Float8CurrentScaling = DelayedScaling, Float8CurrentScaling
-    recipe.Format = SimpleNamespace(HYBRID=HYBRID)
+    vars(recipe).update(
+        DelayedScaling=DelayedScaling,
+        Float8CurrentScaling=Float8CurrentScaling,
+        Format=SimpleNamespace(HYBRID=HYBRID),
+    )
     for name in ("transformer_engine", "transformer_engine.common"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, pytorch.__name__, pytorch)
@@ -177,12 +180,12 @@ def test_outside_a_forward_pass_is_an_error_not_bf16() -> None:
 def test_what_the_library_cannot_do_is_said(
     library: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"fc1 is 24 x 32.*multiples of 16"):
+    with pytest.raises(ValueError, match=r"fc1.*24 x 32.*16"):
         TransformerEngineFp8(["fc1"]).make("fc1", 24, 32)
     monkeypatch.delattr(library, "autocast")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.5.0")
     with pytest.raises(ValueError, match=r"2\.9 or later, not 2\.5\.0"):
         TransformerEngineFp8(["fc1"])
     monkeypatch.setitem(sys.modules, library.__name__, None)
-    with pytest.raises(ValueError, match=r"does not import.*fp8_backend=native"):
+    with pytest.raises(ValueError, match="fp8_backend=native"):
         TransformerEngineFp8(["fc1"])

@@ -122,8 +122,8 @@ def test_a_peer_that_fails_does_not_stop_the_others(
     first, second = json.loads(capsys.readouterr().out)["groups"][1]["rows"]
     assert first["amount"] == 9000
     assert "no_such_measure" in second["problem"]
-    groups = (Group("g", "samples/s", 1.0, (Tool("o", "none", ours=True),)),)
-    monkeypatch.setattr(tools.bench.data.command, "GROUPS", groups)
+    broken_group = Group("g", "samples/s", 1.0, (Tool("o", "none", ours=True),))
+    monkeypatch.setattr(tools.bench.data.command, "GROUPS", (broken_group,))
     shutil.rmtree(tmp_path / "out")
     assert main(words) == 1  # ours must not fail
     assert "KeyError: 'none'" in capsys.readouterr().err

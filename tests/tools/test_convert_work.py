@@ -46,7 +46,7 @@ def killed_export(words: list[str]) -> None:
                 os._exit(137)
             return honest(path, tensors, metadata)
 
-        weight_files.write_safetensors = write
+        weight_files.write_safetensors = write  # type: ignore[assignment]
         main(words)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137

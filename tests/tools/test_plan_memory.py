@@ -153,9 +153,9 @@ def test_state_of_a_real_run() -> None:
         weights = gradients = 0
         for module in sharded_modules(model):
             group = module._get_fsdp_state()._fsdp_param_group
-            for parameter in [] if group is None else group.fsdp_params:
-                whole = parameter._unsharded_param
-                gradient = parameter.unsharded_accumulated_grad
+            for held in [] if group is None else group.fsdp_params:
+                whole = held._unsharded_param
+                gradient = held.unsharded_accumulated_grad
                 gradient = whole.grad if gradient is None else gradient
                 weights += whole.nbytes
                 gradients += gradient.nbytes
