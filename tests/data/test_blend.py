@@ -259,6 +259,16 @@ def test_weights_and_size(corpora) -> None:
         assert dataset[k].min() // 100_000 == part
 
 
+def test_the_surplus_is_half_a_percent(tmp_path: Path) -> None:
+    """A part that has 1,005 samples is enough for 1,000, and is not repeated."""
+    for name in "ab":
+        with IndexedDatasetWriter(tmp_path / name, np.int32) as writer:
+            writer.add_document(np.arange(1005 * SEQUENCE_LENGTH + 1))
+    dataset = build(f"1 {tmp_path / 'a'} 1 {tmp_path / 'b'}", 2000)
+    assert isinstance(dataset, BlendedDataset)
+    assert [len(part) for part in dataset.datasets] == [1005, 1005]
+
+
 def test_no_weights_but_a_size(corpora) -> None:
     value = [corpora["a"], corpora["b"], corpora["c"]]
     parts = [plain(prefix, None) for prefix in value]

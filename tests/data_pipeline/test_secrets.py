@@ -111,6 +111,7 @@ LOOK_ALIKES = [
     "__version__ = '1.2.3.4'",
     "oid = '1.3.6.1.5.5.7.3.1'",
     "x[1:2], y[::2], '12:30:45'",
+    "secret_key = 'theCurrentUserPreferencesDialogWidget'",
     "secret_key_path = '/etc/app/keys/secret/production/current'",
     "// @app.route and sk-learn and task-scheduler-configuration-value",
 ]
