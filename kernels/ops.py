@@ -2,7 +2,8 @@
 
 Each has the name, the signature and the result of its plain definition in `kernels.reference`,
 `kernels.reference_fp8` or `kernels.reference_vocabulary`. Which implementation runs is decided call
-by call by `kernels.dispatch.use_triton`; Triton is imported only where it runs.
+by call by `kernels.dispatch.use_triton`; Triton is imported only where it runs. AdamW has a faster
+implementation for CPUs as well.
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from kernels import reference, reference_fp8, reference_vocabulary
+from kernels import adamw_cpu, reference, reference_fp8, reference_vocabulary
 from kernels.dispatch import use_triton
 from kernels.reference import DropoutSeed, dropout_masks
 
@@ -45,8 +46,13 @@ def _triton_version(file: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def _operation(plain: Callable[P, R], file: str) -> Callable[P, R]:
-    """`plain`, or where Triton is to run the function of the same name in `kernels/<file>.py`."""
+def _operation(
+    plain: Callable[P, R], file: str, on_cpu: Callable[P, R] | None = None
+) -> Callable[P, R]:
+    """`plain`, or where Triton is to run the function of the same name in `kernels/<file>.py`.
+
+    Without Triton `on_cpu`, if it is given, takes the place of `plain` on a CPU.
+    """
 
     @functools.wraps(plain)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -55,6 +61,8 @@ def _operation(plain: Callable[P, R], file: str) -> Callable[P, R]:
         if isinstance(tensor, Tensor) and use_triton(tensor.device):
             result: R = _triton_version(file, plain.__name__)(*args, **kwargs)
             return result
+        if on_cpu is not None and isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+            return on_cpu(*args, **kwargs)
         return plain(*args, **kwargs)
 
     return run
@@ -70,7 +78,7 @@ vocabulary_statistics = _operation(
     reference_vocabulary.vocabulary_statistics, "vocabulary_parallel"
 )
 vocabulary_gradient_ = _operation(reference_vocabulary.vocabulary_gradient_, "vocabulary_parallel")
-adamw_step_ = _operation(reference.adamw_step_, "adamw")
+adamw_step_ = _operation(reference.adamw_step_, "adamw", on_cpu=adamw_cpu.adamw_step_)
 sum_of_squares = _operation(reference.sum_of_squares, "adamw")
 fp8_scale = _operation(reference_fp8.fp8_scale, "fp8_cast")
 fp8_cast = _operation(reference_fp8.fp8_cast, "fp8_cast")

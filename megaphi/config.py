@@ -173,8 +173,9 @@ class Compute:
     attention: Literal["auto", AttentionBackend] = "auto"
     """Attention kernel: flash-attn 4, 3 or 2, Transformer Engine, PyTorch's cuDNN or flash, the
     plain formula, or auto: the fastest that can do what the recipe needs."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    compile: bool | Literal["auto"] = "auto"
+    """Use torch.compile: on the complete model where one process computes on a CPU, elsewhere on
+    each block; auto: in the first case, if the run is long enough to save time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +21,8 @@ from megaphi.formats.manifest import find_checkpoints
 from megaphi.metrics.logger import console_line, format_count, format_duration
 from megaphi.model.phi import Phi
 from megaphi.recipe_file import load_recipe
-from megaphi.training.engine import compile_blocks
-from tests.helpers import curve, metrics, toy_options
+from megaphi.training.compilation import compile_blocks
+from tests.helpers import child_environment, curve, metrics, toy_options
 
 Train = Callable[[list[str]], Recipe]
 
@@ -94,17 +97,68 @@ def test_fp16_finds_its_loss_scale_and_resumes_with_it(
     assert curve(tmp_path / "halves") == curve(tmp_path / "whole")
 
 
-def test_compiled_blocks_give_the_same_losses(
+def test_compiled_model_gives_the_same_losses(
     toy_tokens: Path, tmp_path: Path, train_here: Train
 ) -> None:
-    for name in ("eager", "compiled"):
-        options = toy_options(
-            toy_tokens, tmp_path / name, train__steps=6, compute__compile=name == "compiled"
-        )
-        train_here(options)
+    """Also bitwise, when the compiled run is resumed."""
+    options: dict[str, Any] = {
+        "train__steps": 6,
+        "train__micro_batch_size": 4,  # two micro-batches a step
+        "model__residual_dropout": 0.0,
+        "model__attention_dropout": 0.0,
+        "compute__compile": "true",
+        "schedule__decay_steps": 6,
+        "data__planned_samples": 48,
+        "checkpoint__interval": 3,
+        "train__evaluation_interval": 3,
+    }
+    train_here(toy_options(toy_tokens, tmp_path / "compiled", **options))
+    halves = toy_options(toy_tokens, tmp_path / "halves", **options)
+    train_here([*halves, "--train.steps=3"])
+    train_here(halves)
+    assert curve(tmp_path / "halves") == curve(tmp_path / "compiled")
+    options["compute__compile"] = "false"
+    train_here(toy_options(toy_tokens, tmp_path / "eager", **options))
     eager, compiled = curve(tmp_path / "eager"), curve(tmp_path / "compiled")
     for key, values in eager.items():
         assert compiled[key] == pytest.approx(values, rel=1e-4), key
+
+
+@pytest.mark.parametrize("compiler", ["works", "/bin/false"])
+def test_auto_compiles_long_runs_where_there_is_a_compiler(
+    compiler: str, toy_tokens: Path, tmp_path: Path
+) -> None:
+    """Each answer of a machine with a compiler, and of one without."""
+    program = """if True:
+        import sys
+        from megaphi.recipe_file import load_recipe
+        from megaphi.training.compilation import choose_compile
+
+        for extra in (["--train.steps=10"], ["--train.steps=10000000"]):
+            choice = choose_compile(load_recipe([*sys.argv[1:], *extra]), alone_on_cpu=True)
+            print(choice.scope)
+        try:
+            asked = load_recipe([*sys.argv[1:], "--compute.compile=true"])
+            print(choose_compile(asked, alone_on_cpu=True).scope)
+        except ValueError as error:
+            print("refused", "C++" in str(error))
+        print(choose_compile(asked, alone_on_cpu=False).scope)
+    """
+    environment = child_environment() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    if compiler != "works":
+        environment["CXX"] = compiler
+    no_dropout = {"model__residual_dropout": 0.0, "model__attention_dropout": 0.0}
+    options = toy_options(toy_tokens, tmp_path / "run", **no_dropout)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    works = ["nothing", "model", "model", "blocks"]
+    expected = works if compiler == "works" else ["nothing", "nothing", "refused True", "blocks"]
+    assert done.stdout.splitlines() == expected
 
 
 def test_all_blocks_share_a_graph() -> None:

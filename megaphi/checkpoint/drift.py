@@ -63,6 +63,8 @@ FACTS = (
     Drift("processes", "warn", "order of sums"),
     Drift("layout", "warn", "order of sums"),
     Drift("precision", "warn", "rounding"),
+    Drift("attention", "warn", "rounding"),
+    Drift("compiled", "warn", "rounding"),
     Drift("an item of the state that is missing", "refuse", "it would silently start anew"),
     Drift("an item of the state that contradicts another", "refuse", "one of them was reset"),
 )

@@ -3,7 +3,7 @@
 What is refused and what is only said is listed in `megaphi.checkpoint.drift`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,13 @@ def check_token_file_dates(
     return unknown
 
 
-def environment(mesh: Mesh, precision: str) -> dict[str, Any]:
-    """What bitwise equality of a resumed run depends on besides the recipe."""
+def environment(mesh: Mesh, rounding: Mapping[str, str]) -> dict[str, Any]:
+    """What bitwise equality of a resumed run depends on besides the recipe.
+
+    Args:
+        mesh: the processes.
+        rounding: what was decided for this machine that changes how results are rounded.
+    """
     return {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
@@ -98,7 +103,7 @@ def environment(mesh: Mesh, precision: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": mesh.size,
         "layout": " x ".join(f"{axis} {mesh.axis_size(axis)}" for axis in AXES),
-        "precision": precision,
+        **rounding,
     }
 
 

@@ -19,6 +19,7 @@ from kernels.ops import DropoutSeed, dropout_masks
 from megaphi.data.documents import Documents
 from megaphi.model.attention_backends import Backend
 from megaphi.model.attention_kernels import ALIGNED_TO_END, KERNELS
+from megaphi.model.short_attention import short_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,8 @@ def attention(
         return attended_bthk.transpose(1, 2)
     plain = options.backend == "plain" or (probability > 0 and query_bhqk.device.type == "cpu")
     if square and documents is None and not plain:
+        if options.backend == "short":
+            return short_attention(query_bhqk, key_bhsk, value_bhsk)
         return F.scaled_dot_product_attention(
             query_bhqk, key_bhsk, value_bhsk, dropout_p=probability, is_causal=True
         )

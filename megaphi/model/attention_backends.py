@@ -26,10 +26,12 @@ from torch.nn.attention.varlen import varlen_attn
 from megaphi.config import AttentionBackend, Recipe
 from megaphi.device import compute_capability, device_name, is_gpu
 
-Backend = Literal[AttentionBackend, "sdpa"]
-"""sdpa: PyTorch's own choice of kernel, with an explicit mask where one is needed; the others as
-in `compute.attention`."""
+Backend = Literal[AttentionBackend, "short", "sdpa"]
+"""short: `megaphi.model.short_attention`; sdpa: PyTorch's own choice of kernel, with an explicit
+mask where one is needed; the others as in `compute.attention`."""
 
+SHORT = 512
+"""Tokens of a sequence up to which short attention is faster."""
 _WITH_MASK = "PyTorch's choice of kernel with an explicit mask (slower, and more memory)"
 
 
@@ -229,7 +231,10 @@ def _choose_automatically(need: Need, capabilities: Capabilities) -> Choice:
             return Choice(
                 "plain", "on a CPU; the formula itself, so that dropout does not depend on the cut"
             )
-        return Choice("sdpa", "on a CPU; PyTorch's own kernel")
+        obstacle = _short_obstacle(need)
+        if obstacle is None:
+            return Choice("short", "on a CPU; two batched products around a softmax")
+        return Choice("sdpa", f"on a CPU; PyTorch's own kernel; short attention {obstacle}")
     if need.decoding:
         return Choice("sdpa", f"a cache or padding; {_WITH_MASK}")
     if need.dtype not in (torch.bfloat16, torch.float16):
@@ -244,6 +249,19 @@ def _choose_automatically(need: Need, capabilities: Capabilities) -> Choice:
         refused.append(f"{_KERNELS[backend].title} {obstacle}")
     mask = _WITH_MASK if need.documents else "PyTorch's choice of kernel"
     return Choice("sdpa", "; ".join([mask, *refused]))
+
+
+def _short_obstacle(need: Need) -> str | None:
+    """Why short attention cannot do what is needed or loses, as `_obstacle` says it."""
+    if need.decoding:
+        return "does not run with a cache or padding"
+    if need.documents:
+        return "does not keep documents apart"
+    if need.dtype != torch.bfloat16:
+        return f"is faster in bf16 only, not in {_name(need.dtype)}"
+    if need.sequence_length > SHORT:
+        return f"is faster up to {SHORT} tokens, not at {need.sequence_length:,}"
+    return None
 
 
 def _obstacle(backend: str, need: Need, capabilities: Capabilities) -> str | None:

@@ -22,6 +22,7 @@ def describe_run(recipe: Recipe, mesh: Mesh, engine: Engine) -> Iterator[str]:
     )
     yield f"precision: {engine.policy.reason}"
     yield f"attention: {engine.attention.reason}"
+    yield f"compiled: {engine.compilation.scope}; {engine.compilation.reason}"
     yield "layout: " + ", ".join(f"{axis} {mesh.axis_size(axis)}" for axis in AXES)
     if mesh.tensor_size > 1:
         yield f"overlap: {engine.overlap.reason}"

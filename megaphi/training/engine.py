@@ -1,20 +1,21 @@
 """What computes a step on this process: its part of the model, and how micro-batches run through.
 
 Everything that the recipe leaves to the device is decided here, once, and said in the log: number
-formats, attention kernel, layout. The trainer above it sees losses and parameters.
+formats, attention kernel, compilation, layout. The trainer above it sees losses and parameters.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from kernels.ops import DropoutSeed
+from megaphi.allocator import keep_freed_memory
 from megaphi.config import Recipe
 from megaphi.data.loader import Loader, MicroBatch
-from megaphi.device import seed_generator
+from megaphi.device import is_gpu, seed_generator
 from megaphi.model.attention_backends import choose, probe, training_need
 from megaphi.model.column_pair import choose_overlap
 from megaphi.model.execution import Execution
@@ -25,6 +26,8 @@ from megaphi.parallel.mesh import Mesh
 from megaphi.precision.fp8_choice import fp8_layers
 from megaphi.precision.loss_scale import LossScale
 from megaphi.precision.policy import check_pipeline, facts_of, resolve
+from megaphi.training.compilation import choose_compile, compile_blocks
+from megaphi.training.one_process import cast_and_run
 from megaphi.training.parallelize import parallelize, release_gathered_weights, send_gradients
 from megaphi.training.pipeline import Pipeline, Stage, split_layers, stages_of_process
 
@@ -55,13 +58,25 @@ class Engine:
         )
         fp8_names = () if self.fp8 is None else self.fp8.names
         self.overlap = choose_overlap(recipe.parallel, fp8_names)
+        alone_on_cpu = mesh.size == 1 and not is_gpu(mesh.device) and self.fp8 is None
+        self.compilation = choose_compile(recipe, alone_on_cpu)
+        # blocks that are compiled one by one have FSDP2's casts around them
+        self.alone_on_cpu = alone_on_cpu and self.compilation.scope != "blocks"
+        if not is_gpu(mesh.device):
+            keep_freed_memory()
         with torch.device("meta"):
             self.parts = self._build()
         for part in self.parts:
-            if recipe.compute.compile:
+            if self.compilation.scope == "blocks":
                 compile_blocks(part)
-            parallelize(part, mesh, recipe.parallel, self.dtype)
+            if not self.alone_on_cpu:
+                parallelize(part, mesh, recipe.parallel, self.dtype)
             part.to_empty(device=mesh.device)
+        self.model: Callable[..., Tensor] = self.parts[0]
+        if self.alone_on_cpu:
+            self.model = cast_and_run(self.parts[0], self.dtype)
+        if self.compilation.scope == "model":
+            self.model = torch.compile(self.model)
         if self.fp8 is not None:
             self.fp8.attach(nn.ModuleList(self.parts), mesh.device)
         self.pipeline: Pipeline | None = None
@@ -114,7 +129,8 @@ class Engine:
             waited += time.perf_counter() - began
             # gradients travel between processes once a step, with the last micro-batch
             last = number == self.num_micro_batches - 1
-            send_gradients(self.parts[0], last, self.recipe.parallel)
+            if not self.alone_on_cpu:
+                send_gradients(self.parts[0], last, self.recipe.parallel)
             batch_loss = self.loss(batch, self.dropout_seed(step, batch.first_sample), number == 0)
             self.to_differentiate(batch_loss).backward()  # type: ignore[no-untyped-call]
             loss += batch_loss.detach()
@@ -125,10 +141,9 @@ class Engine:
     ) -> Tensor:
         """Sum of a micro-batch's losses, with the whole model on this process."""
         with nullcontext() if self.fp8 is None else self.fp8.forward_pass(is_first):
-            loss: Tensor = self.parts[0](
+            return self.model(
                 batch.tokens_bt, batch.labels_bt, dropout=dropout, documents=batch.documents
             )
-        return loss
 
     def to_differentiate(self, loss: Tensor) -> Tensor:
         """From the sum of a micro-batch's losses to what the backward pass starts from.
@@ -185,6 +200,15 @@ class Engine:
             seed_generator(self.mesh.device, seed)
         return dropout
 
+    @property
+    def rounding(self) -> dict[str, str]:
+        """What was decided on that changes how results are rounded."""
+        return {
+            "precision": self.policy.reason,
+            "attention": self.attention.backend,
+            "compiled": self.compilation.scope,
+        }
+
     def precision_tensors(self) -> dict[str, Tensor]:
         """What the number formats keep in a checkpoint, equal on every process."""
         return {} if self.fp8 is None else self.fp8.state_tensors()
@@ -195,16 +219,3 @@ class Engine:
             self.loss_scale.load_state(loss_scale)
         if self.fp8 is not None:
             self.fp8.weights_changed()
-
-
-def compile_blocks(model: Phi, backend: str = "inductor") -> None:
-    """Compile the forward pass of each block; FSDP2's hooks around it stay as they are.
-
-    All blocks share one graph: only the number of a block differs, and the compiler is told to take
-    it as a variable. Otherwise it would compile eight blocks, and silently run the others as they
-    are written.
-    """
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, backend=backend)

@@ -86,7 +86,7 @@ class RunState:
             "precision_tensors": sorted(engine.precision_tensors()),
             "data_order": self._data.order,
             "token_file_dates": self._data.dates,
-            "environment": environment(self._mesh, engine.policy.reason),
+            "environment": environment(self._mesh, engine.rounding),
         }
         self._checkpoints.save(self.step, self.tensors(), state)
 
@@ -118,7 +118,7 @@ class RunState:
         self._optimizer.updates.fill_(state["optimizer_updates"])
         engine.loaded(state["loss_scale"])
         self._say(f"resuming from {found}")
-        drift = [*changes(state["environment"], environment(mesh, engine.policy.reason)), *drift]
+        drift = [*changes(state["environment"], environment(mesh, engine.rounding)), *drift]
         if drift:
             self._say(f"not bitwise the same as before: {', '.join(drift)}")
         different = recipe_changes(recipe, found)

@@ -238,7 +238,7 @@ def test_another_environment_is_said(
     resume(folder, train_here)
     printed = capsys.readouterr().out
     facts = ("torch", "CUDA", "device", "CPU instructions", "threads", "processes", "layout",
-             "precision")  # fmt: skip
+             "precision", "attention", "compiled")  # fmt: skip
     documented = {row.what: row.action for row in drift_table()}
     for fact in facts:
         assert f"{fact} was other, is " in printed or f"{fact} changed" in printed, fact

@@ -5,14 +5,15 @@ import importlib.util
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels import adamw_cpu, reference
 from kernels.reference import (
     DropoutSeed,
-    adamw_step_,
     bias_dropout_add_layer_norm,
     bias_gelu,
     dropout_masks,
@@ -250,8 +251,12 @@ def test_linear_cross_entropy_scales_bf16_gradients_exactly() -> None:
     assert ratio * 120 == pytest.approx(1.0, abs=1e-3)
 
 
+UPDATES = [reference.adamw_step_, adamw_cpu.adamw_step_]
+"""The plain definition, and what runs on a CPU."""
+
+
 def adamw_pair(
-    decay: float, clip_scale: float, epsilon: float, steps: int
+    update_: Callable[..., None], decay: float, clip_scale: float, epsilon: float, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same updates by ours in fp32 and by PyTorch's AdamW in float64."""
     torch.manual_seed(0)
@@ -262,10 +267,10 @@ def adamw_pair(
         [theirs], lr=0.01, betas=(0.9, 0.95), eps=epsilon, weight_decay=decay
     )
     for step in range(1, steps + 1):
-        gradient = torch.randn(7, 5)
+        gradient = torch.randn(5, 7).t()  # not contiguous
         theirs.grad = gradient.double() * clip_scale
         optimizer.step()
-        adamw_step_(
+        update_(
             [ours],
             [gradient.clone()],
             [first],
@@ -282,22 +287,26 @@ def adamw_pair(
     return ours, theirs.detach()
 
 
+@pytest.mark.parametrize("update_", UPDATES)
 @pytest.mark.parametrize(
     ("decay", "scale", "epsilon"),
     # without a large epsilon the update hardly depends on the size of the gradients
     [(0.0, 1.0, 1e-8), (0.1, 1.0, 1e-8), (0.1, 0.3, 0.1)],
 )
-def test_adamw_equals_pytorchs_in_float64(decay: float, scale: float, epsilon: float) -> None:
-    ours, theirs = adamw_pair(decay, scale, epsilon, steps=25)
+def test_adamw_equals_pytorchs_in_float64(
+    update_: Callable[..., None], decay: float, scale: float, epsilon: float
+) -> None:
+    ours, theirs = adamw_pair(update_, decay, scale, epsilon, steps=25)
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_adamw_changes_nothing_on_a_non_finite_step() -> None:
+@pytest.mark.parametrize("update_", UPDATES)
+def test_adamw_changes_nothing_on_a_non_finite_step(update_: Callable[..., None]) -> None:
     torch.manual_seed(0)
     state = [torch.randn(5), torch.randn(5), torch.rand(5)]
     before = [value.clone() for value in state]
     gradient = torch.tensor([1.0, float("nan"), float("inf"), -1.0, 2.0])
-    adamw_step_(
+    update_(
         [state[0]],
         [gradient],
         [state[1]],

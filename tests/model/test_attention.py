@@ -46,6 +46,36 @@ def test_equals_the_formula(packed: Tensor, backend: Any, lengths: Any) -> None:
     same(packed, result, lambda exact: formula(exact, visible(lengths)))
 
 
+def test_short_attention_equals_the_formula(packed: Tensor) -> None:
+    result = attention(*parts(packed), AttentionOptions(backend="short"))
+    same(packed, result, lambda exact: formula(exact, visible(None)))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_short_attention_in_bf16_is_as_exact_as_pytorchs(size: int) -> None:
+    """Up to a factor: its scores are rounded to bf16, for which 0.4% is one unit."""
+    torch.manual_seed(0)
+    exact = torch.randn(3, 2, 4, 96, size).double()
+    weights = torch.randn(2, 4, 96, size)
+
+    def run(dtype: torch.dtype, backend: Any) -> list[Tensor]:
+        """The result, and the gradients of queries, keys and values."""
+        inputs = [part.to(torch.bfloat16).to(dtype).requires_grad_() for part in exact]
+        result = attention(*inputs, AttentionOptions(backend=backend))
+        return [result, *torch.autograd.grad((result * weights).sum(), inputs)]
+
+    truth = run(torch.float64, "sdpa")
+    errors = {
+        backend: [
+            float(((got.double() - true).norm() / true.norm()).detach())
+            for got, true in zip(run(torch.bfloat16, backend), truth, strict=True)
+        ]
+        for backend in ("short", "sdpa")
+    }
+    for ours, theirs in zip(errors["short"], errors["sdpa"], strict=True):
+        assert ours <= max(2 * theirs, 0.005)
+
+
 def test_torch_flash_equals_the_formula(packed: Tensor) -> None:
     result = attention(*parts(packed), AttentionOptions(backend="flash"))
     same(packed, result, lambda exact: formula(exact, visible(None)))

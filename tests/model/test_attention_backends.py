@@ -123,6 +123,13 @@ CHOICES = [
     (L40S, need(head_size=256), "sdpa"),
     (everything(A100), need(head_size=288), "sdpa"),
     (everything(A100), need(head_size=60), "sdpa"),
+    # a CPU
+    (CPU, need(sequence_length=512), "short"),
+    (CPU, need(sequence_length=513), "sdpa"),
+    (CPU, need(sequence_length=512, dtype=torch.float32), "sdpa"),
+    (CPU, need(sequence_length=512, documents=True), "sdpa"),
+    (CPU, need(sequence_length=512, dropout=0.1), "plain"),
+    (CPU, need(sequence_length=512, decoding=True), "sdpa"),
     # generation
     (everything(H200), need(decoding=True), "sdpa"),
 ]

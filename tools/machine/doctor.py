@@ -1,6 +1,7 @@
 """`megaphi doctor`: what this machine has, and what a training run would use of it, and why."""
 
 import argparse
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -164,6 +165,7 @@ def describe_attention(device: "torch.device") -> dict[str, str]:
     """Which attention kernel phi-1's shape would take, and why others are not usable."""
     import torch
 
+    from megaphi.device import is_gpu
     from megaphi.model.attention_backends import Need, choose, probe
 
     capabilities = probe(device)
@@ -172,6 +174,9 @@ def describe_attention(device: "torch.device") -> dict[str, str]:
         need = Need(dtype=torch.bfloat16, head_size=64, sequence_length=2048, dropout=dropout)
         choice = choose(need, capabilities)
         report[f"attention, dropout {dropout}"] = f"{choice.backend}: {choice.reason}"
+    if not is_gpu(device):
+        choice = choose(dataclasses.replace(need, dropout=0.0, sequence_length=256), capabilities)
+        report["attention, 256 tokens"] = f"{choice.backend}: {choice.reason}"
     for backend, problem in capabilities.problems.items():
         report[f"compute.attention={backend}"] = f"not usable: {problem}"
     return report

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megaphi.allocator import keep_freed_memory
 from megaphi.config import Recipe
 from megaphi.data.loader import MicroBatch, read_samples, to_micro_batch
 from megaphi.data.samples import train_dataset
-from megaphi.device import StepTimer
+from megaphi.device import StepTimer, is_gpu
 from megaphi.formats.hf_config import config_to_hugging_face
 from megaphi.recipe_file import load_recipe
 from tools.bench.train.measure import measure
@@ -45,6 +46,8 @@ def measure_transformers(request: dict[str, Any]) -> dict[str, Any]:
     """Time its steps on the batches of a recipe."""
     recipe = load_recipe(request["options"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not is_gpu(device):
+        keep_freed_memory()  # as our own trainings do
     model = build(recipe, device)
     parameters = list(model.parameters())
 
