@@ -38,6 +38,7 @@ VERBS = {
         "check GPUs, network and storage before the first step",
     ),
     "bench": ("tools.bench.command", "measure: data, kernels, train"),
+    "reproduce": ("tools.reproduce.command", "a paper's claim as an experiment: figure"),
 }
 
 
