@@ -7,6 +7,7 @@ What is done is kept: the same command continues where it was stopped.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megaphi.own_packages import ROOT
-from tools.reproduce.figure import SCALES, Arm, Plan
+from tools.reproduce.figure import CORPORA, SCALES, Arm, Plan
 from tools.reproduce.jobs import Jobs, slots
 
 
@@ -37,6 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     figure.add_argument(
         "--labels", type=Path, metavar="LABELS_DIR",
         help="labels of `megaphi data annotate` for the filter; without, a stated rule",
+    )  # fmt: skip
+    figure.add_argument(
+        "--corpus", action="append", default=[], metavar="NAME=RECORDS_DIR",
+        help="a corpus of your own to pretrain on, without and with exercises; may be repeated",
     )  # fmt: skip
     figure.add_argument(
         "--jobs", type=int, metavar="N", help="steps at a time (default: one per GPU or processor)"
@@ -86,7 +91,8 @@ def run_figure(arguments: argparse.Namespace) -> int:
     if arguments.seeds is not None:
         scale = replace(scale, seeds=arguments.seeds)
     recipe = ROOT / "launch" / "recipes" / "laboratory.yaml"
-    plan = Plan(scale, arguments.out, arguments.labels, recipe)
+    more = dict(map(_corpus, arguments.corpus))
+    plan = Plan(scale, arguments.out, recipe, labels=arguments.labels, more=more)
     found = plan.jobs()
     jobs = Jobs(
         found, arguments.out / "jobs", lambda line: print(line, file=sys.stderr, flush=True)
@@ -112,6 +118,21 @@ def run_figure(arguments: argparse.Namespace) -> int:
             print(f"{name} {row['pass_at_1']:6.1%}  ({row['low']:.1%} to {row['high']:.1%})")
         print(f"wrote {', '.join(str(path) for path in written)}")
     return 0
+
+
+def _corpus(word: str) -> tuple[str, Path]:
+    """A corpus of the user's own.
+
+    Raises:
+        ValueError: the word has another form, or the name is taken.
+        FileNotFoundError: there are no such records.
+    """
+    name, equals, text = word.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+", name) or name in (*CORPORA, "none", "textbooks"):
+        raise ValueError(f"--corpus {word}: must be NAME=RECORDS_DIR with a new name")
+    if not (Path(text) / "manifest.json").is_file():
+        raise FileNotFoundError(f"--corpus {word}: {text} is no records directory")
+    return name, Path(text)
 
 
 def _result(plan: Plan, jobs: Jobs, arguments: argparse.Namespace) -> dict[str, Any]:

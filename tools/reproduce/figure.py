@@ -11,7 +11,7 @@ model of a comparison sees the same number of tokens:
 """
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,13 +100,13 @@ class Arm:
         return f"{self.size.name}_{self.corpus}_{self.exercises}_{self.seed}"
 
 
-def arms(scale: Scale) -> list[Arm]:
+def arms(scale: Scale, corpora: tuple[str, ...] = CORPORA) -> list[Arm]:
     """The models of a figure."""
     found: list[Arm] = []
     middle = scale.sizes[len(scale.sizes) // 2]
     for seed in range(1, scale.seeds + 1):
         for size in scale.sizes:
-            pairs = [(c, e) for c in CORPORA for e in ("none", "clean")]
+            pairs = [(c, e) for c in corpora for e in ("none", "clean")]
             pairs.append(("none", "clean"))
             if size == middle:
                 pairs += [(BEST, "half-wrong"), (BEST, "narrow")]
@@ -120,16 +120,26 @@ class Plan:
     Args:
         scale: how much of it.
         out: directory of everything.
-        labels: records with `quality.score` to train the filter on, or None for the stated rule.
         recipe: of the trainings.
+        labels: records with `quality.score` to train the filter on, or None for the stated rule.
+        more: further corpora to pretrain on, records directories by name.
     """
 
-    def __init__(self, scale: Scale, out: Path, labels: Path | None, recipe: Path) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        out: Path,
+        recipe: Path,
+        *,
+        labels: Path | None = None,
+        more: Mapping[str, Path] | None = None,
+    ) -> None:
         self.scale = scale
         self.out = out
         self.recipe = recipe
         self.labels = labels
-        self.arms = arms(scale)
+        self.more = dict(more or {})
+        self.arms = arms(scale, (*CORPORA, *self.more))
 
     def jobs(self) -> list[Job]:
         """All commands, each once."""
@@ -185,16 +195,9 @@ class Plan:
             "--vocab-size", str(VOCAB_SIZE), after=tuple(f"data-{text}" for text in texts),
         )  # fmt: skip
         for text in ("raw", "filtered", "textbooks", *self._exercise_texts()):
-            yield Job(
-                name=f"tokens-{text}",
-                words=(
-                    "data", "tokenize", str(data / text), "--tokenizer", str(data / "tokenizer"),
-                    "--out", str(self.out / "tokens" / text),
-                ),
-                out=self.out / "tokens" / f"{text}.bin",
-                after=(f"data-{text}", "data-tokenizer"),
-                weight=0.2,
-            )  # fmt: skip
+            yield self._tokens(text, data / text, (f"data-{text}",))
+        for name, records in self.more.items():
+            yield self._tokens(name, records, ())
         options = ("--kind", "suite", "--samples", str(self.scale.problems), "--world", "figure")
         yield Job(
             name="suite",
@@ -220,6 +223,17 @@ class Plan:
             after=("suite", "data-textbooks", "data-clean-exercises"),
             weight=0.2,
         )  # fmt: skip
+
+    def _tokens(self, name: str, records: Path, after: tuple[str, ...]) -> Job:
+        prefix, tokenizer = self.out / "tokens" / name, self.out / "data" / "tokenizer"
+        options = ("--tokenizer", str(tokenizer), "--out", str(prefix))
+        return Job(
+            name=f"tokens-{name}",
+            words=("data", "tokenize", str(records), *options),
+            out=prefix.with_name(f"{name}.bin"),
+            after=(*after, "data-tokenizer"),
+            weight=0.2,
+        )
 
     def _exercise_texts(self) -> list[str]:
         return [f"{kind}-exercises" for kind in EXERCISES if kind != "none"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphi.durable import write_durably
-from tools.reproduce.figure import BEST, CORPORA
+from tools.reproduce.figure import BEST
 
 PAPER = (
     ("350M, The Stack + Stack Overflow", 12.19),
@@ -63,7 +63,8 @@ def _draw(result: Mapping[str, Any], path: Path) -> None:
 
     sizes = _sizes(result)
     figure, axes = pyplot.subplots(figsize=(4 + 2.4 * len(sizes), 4.6), layout="constrained")
-    bars = [*CORPORA, "none"]
+    corpora = dict.fromkeys(row["corpus"] for row in result["arms"])
+    bars = [*(name for name in corpora if name != "none"), "none"]
     width = 0.8 / len(bars)
     for place, size in enumerate(sizes):
         for number, corpus in enumerate(bars):
@@ -80,7 +81,14 @@ def _draw(result: Mapping[str, Any], path: Path) -> None:
                 wide = width * (0.4 if exercises == "none" else 0.7)
                 if corpus == "none":
                     shift, wide = 0.0, width * 0.7
-                axes.bar(at + shift, value, wide, color=_COLORS[corpus], alpha=alpha, label=label)
+                axes.bar(
+                    at + shift,
+                    value,
+                    wide,
+                    color=_COLORS.get(corpus, "#8e5bb5"),
+                    alpha=alpha,
+                    label=label,
+                )
                 axes.errorbar(at + shift, value, [[value - low], [high - value]], color="#222",
                               linewidth=1, capsize=2)  # fmt: skip
     axes.set_xticks(range(len(sizes)), [f"{size} parameters" for size in sizes])
