@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megaphi.durable import write_durably
 from megaphi.own_packages import ROOT
 from tools.reproduce.figure import CORPORA, SCALES, Arm, Plan
 from tools.reproduce.jobs import Jobs, slots
@@ -54,6 +55,18 @@ def _parser() -> argparse.ArgumentParser:
     labels.add_argument("records", type=Path, metavar="RECORDS_DIR")
     labels.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory")
     labels.set_defaults(run=run_labels)
+    text = "what finetuning changed: two scores, two answers (used by launch/quickstart.sh)"
+    summary = verbs.add_parser("summary", help=text, description=text)
+    for name, what in (
+        ("before", "evaluation directory of the pretrained model"),
+        ("after", "evaluation directory of the finetuned model"),
+        ("suite", "the problems"),
+        ("run-dir", "run directory of the pretraining"),
+        ("out", "JSON file to write"),
+    ):
+        summary.add_argument(f"--{name}", required=True, type=Path, metavar="PATH", help=what)
+    summary.add_argument("--seconds", required=True, type=float, help="time that everything took")
+    summary.set_defaults(run=run_summary)
     return parser
 
 
@@ -71,6 +84,19 @@ def run_labels(arguments: argparse.Namespace) -> int:
     manifest, reused = write_labels(arguments.records, arguments.out)
     did = "reused" if reused else "wrote"
     print(f"{did} {arguments.out}: {manifest.records_out} records labelled by rule")
+    return 0
+
+
+def run_summary(arguments: argparse.Namespace) -> int:
+    """Write and print a summary."""
+    from tools.reproduce.summary import examples, render, summarise
+
+    found = summarise(
+        arguments.before, arguments.after, arguments.suite, arguments.run_dir, arguments.seconds
+    )
+    write_durably(arguments.out, json.dumps(found, indent=1) + "\n")
+    print("\n".join(examples(arguments.suite, arguments.after)))
+    print(render(found))
     return 0
 
 

@@ -51,7 +51,7 @@ def gather(plan: Plan, jobs: Jobs, training_of: Mapping[Arm, tuple[str, ...]]) -
         jobs: its commands, all done.
         training_of: names of the commands that made each arm's model.
     """
-    groups = _groups(plan.suite)
+    groups = read_groups(plan.suite)
     outcomes: dict[Key, dict[int, dict[str, bool]]] = {}
     rows = []
     total = plan.scale.pretraining_tokens + plan.scale.exercise_tokens
@@ -69,7 +69,7 @@ def gather(plan: Plan, jobs: Jobs, training_of: Mapping[Arm, tuple[str, ...]]) -
                 "seed": arm.seed,
                 "tokens": total,
                 "pass_at_1": round(sum(found.values()) / len(found), 4),
-                "by_group": _by_group(found, groups),
+                "by_group": scores_by_group(found, groups),
                 "cpu_seconds": round(seconds, 1),
             }
         )
@@ -95,12 +95,14 @@ def gather(plan: Plan, jobs: Jobs, training_of: Mapping[Arm, tuple[str, ...]]) -
     }
 
 
-def _groups(suite: Path) -> dict[str, str]:
+def read_groups(suite: Path) -> dict[str, str]:
+    """The group of each problem of a suite."""
     rows = (json.loads(line) for line in suite.open(encoding="utf-8"))
     return {row["task_id"]: row["group"] for row in rows}
 
 
-def _by_group(found: Mapping[str, bool], groups: Mapping[str, str]) -> dict[str, float]:
+def scores_by_group(found: Mapping[str, bool], groups: Mapping[str, str]) -> dict[str, float]:
+    """pass@1 of each group."""
     parts: dict[str, list[bool]] = {}
     for task, passed in found.items():
         parts.setdefault(groups[task], []).append(passed)
