@@ -171,7 +171,7 @@ class Plan:
         """Records, tokenizer and token files."""
         total = self.scale.pretraining_tokens + self.scale.exercise_tokens
         data, library = self.out / "data", sysconfig.get_path("stdlib")
-        skip = ("--exclude", "site-packages", "dist-packages", "--source", "stdlib")
+        skip = ("--exclude", "site-packages", "--exclude", "dist-packages", "--source", "stdlib")
         yield self._data("files", "ingest", library, *skip)
         yield self._data("clean", "heuristics", data / "files", after=("data-files",))
         yield self._data("raw", "dedup", data / "clean", after=("data-clean",))
