@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from data_pipeline.runner.options import Count, Engine, Form, Output, PrefixOutput, Seed, Share
+from data_pipeline.runner.options import (
+    Count,
+    Engine,
+    Form,
+    Output,
+    PrefixOutput,
+    Records,
+    Seed,
+    Share,
+)
 
 OneRecords = Annotated[Path, "RECORDS_DIR", Form.POSITIONAL]
 MAX_EPOCHS = 1e6  # more is a slip: of a unit, or of a digit
@@ -42,11 +51,11 @@ class MergeRun:
 class TrainTokenizerRun:
     """Records -> byte-level BPE tokenizer laid out as CodeGen's."""
 
-    records: OneRecords
+    records: Records
     vocab_size: Count
     """Ids in all, 39 added ones included."""
     max_bytes: Count = 128 * 2**20  # about half a minute on two cores
-    """Train on a sample of this many bytes."""
+    """Train on a sample of this many bytes, in equal parts of each directory."""
     output: Output
 
 

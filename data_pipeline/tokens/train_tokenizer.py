@@ -8,7 +8,7 @@ text, too: no merge is wasted on indentation. The same records give the same byt
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def train_tokenizer_run(run: TrainTokenizerRun, show: Show) -> Finished:
 
 
 def train_tokenizer(
-    records: Path,
+    records: Sequence[Path],
     out: Path,
     vocab_size: int,
     *,
@@ -101,15 +101,16 @@ def train_tokenizer(
     """Train a tokenizer and write it as a directory that `load_tokenizer` and transformers load.
 
     Args:
-        records: records directory.
+        records: records directories.
         out: directory to make.
         vocab_size: ids in all, the 39 added tokens included. A small corpus gives fewer.
-        max_bytes: train on a sample of about this much text, chosen by record id.
+        max_bytes: train on a sample of about this much text, chosen by record id; an equal part of
+            each directory, so that a small one is not lost next to a large one.
         overwrite: replace a tokenizer that was trained otherwise.
         on_bytes: called with the size of each text as it is read.
 
     Raises:
-        FileNotFoundError: `records` is no records directory.
+        FileNotFoundError: one of `records` is no records directory.
         ValueError: the sizes make no sense, or `out` holds something else.
         RunError: the records are damaged or empty.
     """
@@ -118,12 +119,13 @@ def train_tokenizer(
     if max_bytes < 1:
         raise ValueError(f"`max_bytes` {max_bytes}: must be 1 or more")
     check_target(out)
-    manifest = read_manifest(records)
+    manifests = [read_manifest(directory) for directory in records]
+    hashes = [manifest.records_sha256 for manifest in manifests]
     recipe: dict[str, Json] = {
         "stage": "train-tokenizer",
         "version": VERSION,
         "config": {"vocab_size": vocab_size, "max_bytes": max_bytes},
-        "records_sha256": manifest.records_sha256,
+        "records_sha256": hashes[0] if len(hashes) == 1 else hashes,
     }
     if (out / MANIFEST_NAME).is_file() and not overwrite:
         return _reused(out, recipe)
@@ -132,7 +134,7 @@ def train_tokenizer(
         sampled = [0, 0]
 
         def texts() -> Iterator[str]:
-            for text in _sample(records, manifest, max_bytes):
+            for text in _sample(records, manifests, max_bytes // len(records)):
                 size = len(text.encode("utf-8"))
                 sampled[0] += 1
                 sampled[1] += size
@@ -141,7 +143,7 @@ def train_tokenizer(
 
         tokenizer = DocumentTokenizer(_train(texts(), vocab_size), out.name, END_OF_TEXT)
         if not sampled[0]:
-            raise RunError(f"{records}: the sample holds no text; raise `max_bytes`")
+            raise RunError(f"{records[0]}: the sample holds no text; raise `max_bytes`")
         tokenizer.save(work.path)
         made: dict[str, Json] = {
             "vocab_size": tokenizer.vocab_size,
@@ -183,14 +185,17 @@ def _result(out: Path, made: dict[str, Json], reused: bool) -> TrainedTokenizer:
     )
 
 
-def _sample(records: Path, manifest: Manifest, max_bytes: int) -> Iterator[str]:
-    """The texts of a share of the records, the same share whatever their order."""
-    share = min(1.0, max_bytes / max(manifest.text_bytes, 1))
-    for part in manifest.parts:
-        for _, record in read_part(check_part(records, part)):
-            # Ids are made of digits of a hash, so a share of the ids is a share of the records.
-            if share == 1.0 or random.Random(record["id"]).random() < share:
-                yield record["text"]
+def _sample(
+    records: Sequence[Path], manifests: Sequence[Manifest], max_bytes: int
+) -> Iterator[str]:
+    """The texts of a share of each directory, the same share whatever their order."""
+    for directory, manifest in zip(records, manifests, strict=True):
+        share = min(1.0, max_bytes / max(manifest.text_bytes, 1))
+        for part in manifest.parts:
+            for _, record in read_part(check_part(directory, part)):
+                # Ids are digits of a hash, so a share of the ids is a share of the records.
+                if share == 1.0 or random.Random(record["id"]).random() < share:
+                    yield record["text"]
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -154,7 +154,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ingest, "SHARD_BYTES", 5000)
         run_stage(*plan_ingest([str(tree)], IngestOptions()), root / "records", Options())
-    train_tokenizer(root / "records", root / "tokenizer", 320)
+    train_tokenizer([root / "records"], root / "tokenizer", 320)
     return root
 
 

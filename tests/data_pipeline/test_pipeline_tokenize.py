@@ -240,7 +240,7 @@ def test_a_provenance_file_that_does_not_fit_stops_the_merge(tmp_path: Path, rec
 def test_training_a_tokenizer_is_deterministic_and_laid_out_as_codegen(
     tmp_path: Path, records: Path
 ) -> None:
-    made = train_tokenizer(records, tmp_path / "one", 340)
+    made = train_tokenizer([records], tmp_path / "one", 340)
     # Another process: the library's hash maps are seeded anew there.
     arguments = [records, "--vocab-size", 340, "--out", tmp_path / "two"]
     subprocess.run(
@@ -260,19 +260,31 @@ def test_training_a_tokenizer_is_deterministic_and_laid_out_as_codegen(
     ]
     vocabulary = json.loads((tmp_path / "one" / "tokenizer.json").read_text())["model"]["vocab"]
     assert not any("ĠĠ" in token or "ĉĉ" in token for token in vocabulary)
-    assert train_tokenizer(records, tmp_path / "one", 340).reused
+    assert train_tokenizer([records], tmp_path / "one", 340).reused
     with pytest.raises(ValueError, match="overwrite"):
-        train_tokenizer(records, tmp_path / "one", 341)
+        train_tokenizer([records], tmp_path / "one", 341)
     with pytest.raises(ValueError, match=f"at least {MIN_VOCAB_SIZE}"):
-        train_tokenizer(records, tmp_path / "three", MIN_VOCAB_SIZE - 1)
+        train_tokenizer([records], tmp_path / "three", MIN_VOCAB_SIZE - 1)
 
 
 def test_training_on_a_sample_reads_about_that_much(tmp_path: Path) -> None:
     records = write_records(tmp_path / "records", [f"text {n} " * 20 for n in range(500)], 100)
-    whole = train_tokenizer(records, tmp_path / "whole", 300)
-    tenth = train_tokenizer(records, tmp_path / "tenth", 300, max_bytes=whole.text_bytes // 10)
+    whole = train_tokenizer([records], tmp_path / "whole", 300)
+    tenth = train_tokenizer([records], tmp_path / "tenth", 300, max_bytes=whole.text_bytes // 10)
     assert whole.num_texts == 500
     assert 0.05 < tenth.text_bytes / whole.text_bytes < 0.2
+
+
+def test_a_tokenizer_of_several_corpora_hears_the_small_one(tmp_path: Path) -> None:
+    large = write_records(tmp_path / "large", [f"aaaa {n} " * 50 for n in range(400)], 100)
+    small = write_records(tmp_path / "small", [f"zzzz {n} " * 5 for n in range(40)], 100)
+    size = sum(part.stat().st_size for part in small.glob("*.jsonl"))
+    made = train_tokenizer([large, small], tmp_path / "both", 300, max_bytes=2 * size)
+    vocabulary = json.loads((made.path / "tokenizer.json").read_text())["model"]["vocab"]
+    assert {"aaaa", "zzzz"} <= set(vocabulary)
+    assert train_tokenizer([large, small], tmp_path / "both", 300, max_bytes=2 * size).reused
+    with pytest.raises(ValueError, match="overwrite"):
+        train_tokenizer([small, large], tmp_path / "both", 300, max_bytes=2 * size)
 
 
 def test_a_large_vocabulary_is_stored_as_int32(tmp_path: Path, records: Path) -> None:
