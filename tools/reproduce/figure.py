@@ -25,7 +25,10 @@ NARROW_COMPOSITIONS = 24
 TOKENS_PER_STEP = 2048
 SEQUENCE_LENGTH = 128
 VOCAB_SIZE = 1024
-TOKENS_PER_TEXT = 55  # fewer than a text has: a corpus is a little too large, never too small
+TOKENS_PER_TEXT = {"exercises": 60, "textbooks": 220}
+"""Fewer than a text has: a corpus is a little too large, never too small."""
+NOT_LIBRARY = ("site-packages", "dist-packages", "test", "idlelib", "lib2to3")
+"""Folders of Python's library that are left out."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class Plan:
         return Job(name=f"data-{name}", words=command, out=out, after=after, weight=0.2)
 
     def _compose(self, name: str, kind: str, tokens: int, *words: str) -> Job:
-        samples = str(tokens // TOKENS_PER_TEXT)
+        samples = str(tokens // TOKENS_PER_TEXT[kind])
         options = ("--kind", kind, "--samples", samples, "--world", "figure", *words)
         return self._data(name, "compose", *options)
 
@@ -171,8 +174,8 @@ class Plan:
         """Records, tokenizer and token files."""
         total = self.scale.pretraining_tokens + self.scale.exercise_tokens
         data, library = self.out / "data", sysconfig.get_path("stdlib")
-        skip = ("--exclude", "site-packages", "--exclude", "dist-packages", "--source", "stdlib")
-        yield self._data("files", "ingest", library, *skip)
+        skip = [word for name in NOT_LIBRARY for word in ("--exclude", name)]
+        yield self._data("files", "ingest", library, *skip, "--source", "stdlib")
         yield self._data("clean", "heuristics", data / "files", after=("data-files",))
         yield self._data("raw", "dedup", data / "clean", after=("data-clean",))
         labels, made = self.labels, ["data-raw"]
