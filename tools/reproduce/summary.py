@@ -9,6 +9,8 @@ from typing import Any
 from megaphi.metrics.logger import METRICS_NAME, metric_rows
 from tools.reproduce.result import read_groups, read_outcomes, scores_by_group
 
+SHOWN_LINES = 10
+
 
 def summarise(
     before: Path, after: Path, suite: Path, run_dir: Path, seconds: float
@@ -68,8 +70,9 @@ def examples(suite: Path, after: Path) -> Iterator[str]:
     for verdict, word in ((True, "passed"), (False, "failed")):
         task = next((task for task, passed in found.items() if passed is verdict), None)
         if task is not None:
-            text = problems[task]["prompt"] + completions[task]["completion"]
-            yield f"{task}, {word}:\n\n{textwrap.indent(text.strip(), '    ')}\n"
+            answer = completions[task]["completion"].rstrip().splitlines()
+            text = "\n".join([problems[task]["prompt"].strip(), *answer[:SHOWN_LINES]])
+            yield f"{task}, {word}:\n\n{textwrap.indent(text, '    ')}\n"
 
 
 def _rows(path: Path, key: str) -> dict[str, dict[str, Any]]:
