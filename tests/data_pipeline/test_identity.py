@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.records.jsonl import file_sha256
+from megaphi.durable import file_sha256
 from tests.data_pipeline.record_files import read
 from tools.cli import main
 
