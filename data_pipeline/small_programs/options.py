@@ -140,16 +140,17 @@ class ComposeOutput(PartsOutput):
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeRun:
-    """A small world of programs -> records of exercises or textbook sections, or a suite."""
+    """A small world of programs -> records of exercises or textbook sections, or a suite.
+
+    Records are made by as many processes as are wanted, a suite by one.
+    """
 
     options: ComposeOptions
     output: ComposeOutput
     engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
-        plain = not self.output.zstd and self.output.max_reject == 0
-        if self.options.kind == "suite" and not (plain and self.engine == Engine()):
-            raise ValueError(
-                "`kind` suite: is one plain file made by one process; options of records and of "
-                "engines have no effect"
-            )
+        if self.options.kind == "suite":
+            for name in ("zstd", "max_reject"):
+                if getattr(self.output, name):
+                    raise ValueError(f"`{name}`: has no effect on a suite, only on records")

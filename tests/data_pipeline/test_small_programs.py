@@ -356,3 +356,17 @@ def test_wrong_options_are_refused_in_one_line(options: dict[str, Any], message:
     with pytest.raises(ValueError, match=message) as refused:
         attempt(given)
     assert "\n" not in str(refused.value)
+
+
+def test_a_recipe_composes_records_and_a_suite(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"work: {tmp_path / 'out'}\nstages:\n"
+        "  exercises: {verb: compose, kind: exercises, samples: 20, world: quickstart}\n"
+        "  suite: {verb: compose, kind: suite, samples: 4, world: quickstart, out: suite.jsonl,\n"
+        "          groups: [depth-1, held-out-depth-2]}\n"
+    )
+    assert main(["data", "run", str(recipe), "--workers", "2"]) == 0
+    assert len(read(tmp_path / "out" / "exercises")) == 20
+    rows = [json.loads(line) for line in (tmp_path / "out" / "suite.jsonl").open()]
+    assert [row["group"] for row in rows] == ["depth-1", "held-out-depth-2"] * 2
