@@ -24,7 +24,7 @@ def tokenizer_errors(where: Path | str) -> Iterator[None]:
         if not isinstance(error, Exception) and not panic:
             raise
         said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{where}: not a tokenizer.json that can be used ({said})") from None
+        raise ValueError(f"{where}: not a tokenizer.json that can be read ({said})") from None
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -236,7 +236,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 TOKENIZER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer of depth 1e5": (
         lambda d: (d / "tokenizer.json").write_text('{"model":' + DEEP),
-        "nested too deeply|not a readable tokenizer",
+        "nested too deeply|not a tokenizer.json that can be read",
     ),
     "tokenizer with an id of 2^40": (
         lambda d: (d / "tokenizer.json").write_text(
@@ -248,7 +248,7 @@ TOKENIZER_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
                 }
             )
         ),
-        "has the id 1099511627776|not a readable tokenizer",
+        "has the id 1099511627776|not a tokenizer.json that can be read",
     ),
 }
 
