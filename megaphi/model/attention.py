@@ -1,7 +1,7 @@
 """Causal self-attention behind one function, whatever kernel computes it.
 
-Which backend a run takes is decided once, by `megaphi.model.attention_backends`; the kernels of
-other packages are called by `megaphi.model.attention_kernels`.
+Which backend a run takes is decided once, by `megaphi.model.attention_backends`; the kernels
+that work on whole sequences are called by `megaphi.model.attention_kernels`.
 
 Suffixes: b batch, h heads, q query positions, s key positions, t positions where both are the same,
 k elements of a head.
@@ -19,7 +19,6 @@ from kernels.ops import DropoutSeed, dropout_masks
 from megaphi.data.documents import Documents
 from megaphi.model.attention_backends import Backend
 from megaphi.model.attention_kernels import ALIGNED_TO_END, KERNELS
-from megaphi.model.short_attention import short_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +96,6 @@ def attention(
         return attended_bthk.transpose(1, 2)
     plain = options.backend == "plain" or (probability > 0 and query_bhqk.device.type == "cpu")
     if square and documents is None and not plain:
-        if options.backend == "short":
-            return short_attention(query_bhqk, key_bhsk, value_bhsk)
         return F.scaled_dot_product_attention(
             query_bhqk, key_bhsk, value_bhsk, dropout_p=probability, is_causal=True
         )

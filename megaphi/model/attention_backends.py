@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -30,8 +30,7 @@ Backend = Literal[AttentionBackend, "short", "sdpa"]
 """short: `megaphi.model.short_attention`; sdpa: PyTorch's own choice of kernel, with an explicit
 mask where one is needed; the others as in `compute.attention`."""
 
-SHORT = 512
-"""Tokens of a sequence up to which short attention is faster."""
+_DEVICES = {"cuda": "CUDA device", "cpu": "CPU"}
 _WITH_MASK = "PyTorch's choice of kernel with an explicit mask (slower, and more memory)"
 
 
@@ -89,15 +88,22 @@ class _Kernel:
 
     title: str
     majors: tuple[int, ...]
-    """Major compute capabilities that it runs on."""
+    """Major compute capabilities of the GPUs that it runs on."""
     dropout: Literal["no", "sixteenths", "any"]
     varlen: bool
     """Takes documents of different lengths side by side."""
-    max_head_size: int
+    max_head_size: int | None
+    """Elements of a head, a multiple of 8; None where any number will do."""
     module: str | None = None
     """What has to be importable; None where PyTorch has the kernel."""
     distribution: str | None = None
     """The package that has the module, for its version."""
+    devices: tuple[str, ...] = ("cuda",)
+    """Types of devices that it runs on: cuda, cpu."""
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    """Of queries, keys and values, where it computes in them and gains by it."""
+    max_length: int | None = None
+    """Tokens of a sequence up to which it is worth choosing; None where there is no such limit."""
 
 
 _KERNELS: dict[str, _Kernel] = {
@@ -127,6 +133,16 @@ _KERNELS: dict[str, _Kernel] = {
     ),
     "cudnn": _Kernel("cuDNN through PyTorch", (8, 9, 10, 12), "sixteenths", False, 128),
     "flash": _Kernel("PyTorch's flash attention", (8, 9, 10, 11, 12), "any", True, 256),
+    "short": _Kernel(
+        "short attention",
+        (),
+        "no",
+        False,
+        None,
+        devices=("cpu",),
+        dtypes=(torch.bfloat16,),
+        max_length=512,
+    ),
 }
 _FASTEST_FIRST: dict[int, tuple[Backend, ...]] = {
     10: ("flash4", "cudnn", "flash2", "flash", "te"),
@@ -135,6 +151,7 @@ _FASTEST_FIRST: dict[int, tuple[Backend, ...]] = {
 """By major compute capability. flash-attn 4 also runs on Hopper (9), when asked for; flash-attn 3
 and cuDNN were made for it."""
 _FASTEST_ELSEWHERE: tuple[Backend, ...] = ("flash2", "flash", "te")
+_FASTEST_ON_CPU: tuple[Backend, ...] = ("short",)
 
 
 def training_need(recipe: Recipe, dtype: torch.dtype) -> Need:
@@ -214,7 +231,8 @@ def choose(need: Need, capabilities: Capabilities, asked: str = "auto") -> Choic
         return Choice("plain", "asked for; the formula itself, with masks of the global position")
     kernel = _KERNELS.get(asked)
     if kernel is None:
-        raise ValueError(f"compute.attention={asked} is not one of {', '.join(_KERNELS)}, plain")
+        known = ", ".join(get_args(AttentionBackend))
+        raise ValueError(f"compute.attention={asked} is not one of {known}")
     obstacle = _obstacle(asked, need, capabilities)
     if obstacle is not None:
         raise ValueError(
@@ -226,54 +244,43 @@ def choose(need: Need, capabilities: Capabilities, asked: str = "auto") -> Choic
 
 def _choose_automatically(need: Need, capabilities: Capabilities) -> Choice:
     """The fastest backend that can do what is needed."""
-    if capabilities.device_type != "cuda":
-        if need.dropout > 0:
-            return Choice(
-                "plain", "on a CPU; the formula itself, so that dropout does not depend on the cut"
-            )
-        obstacle = _short_obstacle(need)
-        if obstacle is None:
-            return Choice("short", "on a CPU; two batched products around a softmax")
-        return Choice("sdpa", f"on a CPU; PyTorch's own kernel; short attention {obstacle}")
+    on_cpu = capabilities.device_type != "cuda"
+    if on_cpu and need.dropout > 0:
+        return Choice(
+            "plain", "on a CPU; the formula itself, so that dropout does not depend on the cut"
+        )
     if need.decoding:
         return Choice("sdpa", f"a cache or padding; {_WITH_MASK}")
-    if need.dtype not in (torch.bfloat16, torch.float16):
+    if on_cpu:
+        ranking, otherwise = _FASTEST_ON_CPU, "PyTorch's own kernel on a CPU"
+    elif need.dtype not in (torch.bfloat16, torch.float16):
         return Choice("sdpa", f"in {_name(need.dtype)}; PyTorch's memory-efficient or plain kernel")
-    major = _major(capabilities)
+    else:
+        ranking = _FASTEST_FIRST.get(_major(capabilities), _FASTEST_ELSEWHERE)
+        otherwise = "PyTorch's choice of kernel"
     refused: list[str] = []
-    for backend in _FASTEST_FIRST.get(major, _FASTEST_ELSEWHERE):
+    for backend in ranking:
         obstacle = _obstacle(backend, need, capabilities)
         if obstacle is None:
             chosen = _describe(backend, capabilities)
             return Choice(backend, "; ".join([chosen, *refused]))
         refused.append(f"{_KERNELS[backend].title} {obstacle}")
-    mask = _WITH_MASK if need.documents else "PyTorch's choice of kernel"
-    return Choice("sdpa", "; ".join([mask, *refused]))
-
-
-def _short_obstacle(need: Need) -> str | None:
-    """Why short attention cannot do what is needed or loses, as `_obstacle` says it."""
-    if need.decoding:
-        return "does not run with a cache or padding"
-    if need.documents:
-        return "does not keep documents apart"
-    if need.dtype != torch.bfloat16:
-        return f"is faster in bf16 only, not in {_name(need.dtype)}"
-    if need.sequence_length > SHORT:
-        return f"is faster up to {SHORT} tokens, not at {need.sequence_length:,}"
-    return None
+    return Choice("sdpa", "; ".join([_WITH_MASK if need.documents else otherwise, *refused]))
 
 
 def _obstacle(backend: str, need: Need, capabilities: Capabilities) -> str | None:
     """Why a backend cannot do what is needed, as the end of a sentence; None if it can."""
     kernel = _KERNELS[backend]
-    if capabilities.device_type != "cuda":
-        return "needs a CUDA device"
+    if capabilities.device_type not in kernel.devices:
+        return f"needs a {' or a '.join(_DEVICES[device] for device in kernel.devices)}"
     if need.decoding:
         return "does not run here with a cache or padding"
-    if need.dtype not in (torch.bfloat16, torch.float16):
-        return f"computes in bf16 and fp16 only, not in {_name(need.dtype)}"
-    if _major(capabilities) not in kernel.majors:
+    if need.dtype not in kernel.dtypes:
+        known = " and ".join(map(_name, kernel.dtypes))
+        return f"computes in {known} only, not in {_name(need.dtype)}"
+    if kernel.max_length is not None and need.sequence_length > kernel.max_length:
+        return f"is for up to {kernel.max_length} tokens, not {need.sequence_length:,}"
+    if capabilities.device_type == "cuda" and _major(capabilities) not in kernel.majors:
         supported = ", ".join(f"{major}.x" for major in kernel.majors)
         return (
             f"runs on compute capability {supported}, not on {capabilities.device_name} "
@@ -292,6 +299,8 @@ def _obstacle(backend: str, need: Need, capabilities: Capabilities) -> str | Non
 def _head_size_obstacle(backend: str, need: Need, capabilities: Capabilities) -> str | None:
     """Sizes of a head that a backend cannot compute, backward pass included."""
     limit = _KERNELS[backend].max_head_size
+    if limit is None:
+        return None
     if backend == "flash4" and _major(capabilities) == 9:
         limit = 256
     # compute capability 8.6, 8.9 and 12.x have too little shared memory for the backward pass
@@ -356,6 +365,8 @@ def _describe(backend: str, capabilities: Capabilities) -> str:
     versions = {"cudnn": f"cuDNN {_cudnn_name(capabilities.cudnn_version or 0)}"}
     found = capabilities.versions.get(backend) or versions.get(backend)
     found = f" ({found})" if found is not None else ""
+    if capabilities.device_type != "cuda":
+        return f"{kernel.title}{found} on a CPU"
     return f"{kernel.title}{found} on compute capability {_dotted(capabilities)}"
 
 

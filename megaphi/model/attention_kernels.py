@@ -1,11 +1,11 @@
-"""Adapters to the attention kernels of other packages, one function each.
+"""Adapters to attention kernels, one function each; nearly all are of other packages.
 
 Each takes q, k and v [b, t, h, k], the dropout probability and the documents, and returns
 [b, t, h, k]. They follow the documentation of the packages: flash-attn 2 (`flash_attn`), 3
 (`flash_attn_interface`, from the folder `hopper` of its repository) and 4 (`flash_attn.cute`),
 Transformer Engine's `DotProductAttention`, and PyTorch's `scaled_dot_product_attention` and
-`varlen_attn`. None copies its inputs: they are strided views of the packed projection, and every
-kernel takes strides.
+`varlen_attn`. No adapter copies its inputs: they are strided views of the packed projection, and
+every kernel takes strides.
 
 A new kernel needs its function and its row in `KERNELS` here, its limits in
 `megaphi.model.attention_backends`, and its name in `megaphi.config.AttentionBackend`.
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 from megaphi.data.documents import Documents
+from megaphi.model.short_attention import short_attention
 
 
 def _packed(
@@ -185,6 +186,21 @@ def _torch_kernel(
         ).transpose(1, 2)
 
 
+def _short(
+    query_bthk: Tensor,
+    key_bthk: Tensor,
+    value_bthk: Tensor,
+    probability: float,
+    documents: Documents | None,
+) -> Tensor:
+    """Our own for short sequences on a CPU."""
+    assert documents is None, "short attention does not keep documents apart"
+    assert probability == 0.0, "short attention has no dropout"
+    return short_attention(
+        query_bthk.transpose(1, 2), key_bthk.transpose(1, 2), value_bthk.transpose(1, 2)
+    ).transpose(1, 2)
+
+
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "flash4": functools.partial(_without_dropout, "flash_attn.cute"),
     "flash3": functools.partial(_without_dropout, "flash_attn_interface"),
@@ -192,8 +208,9 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
     "te": _transformer_engine,
     "cudnn": _torch_cudnn,
     "flash": _torch_flash,
+    "short": _short,
 }
-"""By the name in `compute.attention`."""
+"""By the name in `compute.attention`; `short` is chosen by `auto` only."""
 
 ALIGNED_TO_END = ("flash2", "flash3", "flash4")
 """Those whose last query sees the last key where there are fewer queries than keys."""
