@@ -1,5 +1,5 @@
 """The operations of the training step: call them through `kernels.ops`.
 
-`reference` defines each in plain PyTorch, one file an operation holds its Triton kernels, and
-`dispatch` says which of the two runs.
+Imports nothing of this repository. `reference.py` defines each operation in plain PyTorch, one file
+for each operation holds its Triton kernels, and `dispatch.py` says which of the two runs.
 """

@@ -1,4 +1,4 @@
 """Cheap rules over single documents: quality signals, secrets, personal data.
 
-Imports `runner`. Begin with `stage.py`; the thresholds are in `heuristics.yaml`.
+Imports `runner` and `records`. Begin with `stage.py`; the thresholds are in `heuristics.yaml`.
 """

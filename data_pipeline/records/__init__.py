@@ -1,4 +1,4 @@
 """The record: one document as a JSON line with its provenance, and the files that hold records.
 
-Imports nothing of this package. Begin with `record.py`.
+Imports no other room of this package. Begin with `record.py`.
 """

@@ -1,4 +1,5 @@
 """`megaphi bench`: rates of data, kernels and training, next to the installed peers.
 
-Begin with `command.py`; each of the three rooms holds one subject.
+Imports what it measures. Begin with `command.py`; each of the three rooms holds one subject and has
+a `command.py` of its own.
 """

@@ -1,4 +1,4 @@
 """`megaphi inspect`: what a file or folder is, and whether it is complete.
 
-Begin with `command.py`.
+Imports `megaphi.formats`, `megaphi.data` and `megaphi.metrics`. Begin with `command.py`.
 """

@@ -1,1 +1,4 @@
-"""`megaphi data run`: complete corpora from one recipe, resumable, with estimates."""
+"""`megaphi data run`: complete corpora from one recipe, resumable, with estimates.
+
+Imports the table of stages and options of `tools.data`. Begin with `recipe.py`, then `command.py`.
+"""
