@@ -220,7 +220,7 @@ class Plan:
             words=(
                 "data", "decontaminate", *(str(data / text) for text in ("textbooks", *texts[2:])),
                 "--against", str(self.suite), "--out", str(self.out / "leaks"),
-                "--max-reject", "1",
+                "--max-reject", "1", "--no-ast", "--ngram", "30",
             ),
             out=self.out / "leaks",
             after=("suite", "data-textbooks", "data-clean-exercises"),
