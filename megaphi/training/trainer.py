@@ -63,6 +63,7 @@ class Trainer:
                 self.state.write_settings()
             self.checkpoints.prepare(self.state.tensors())
         except BaseException:
+            self.checkpoints.close()
             self.watchdog.close()
             raise
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -122,13 +123,16 @@ def test_a_hostile_tar(tmp_path: Path, suffix: str) -> None:
         ]
     )
     assert manifest.records_in == len(found)
-    # the id tells the member, and does not depend on the compression
-    assert {record["id"] for record in read(work / "out")} == {
-        hashlib.sha256(f"local\0x.{suffix}!{inside}".encode()).hexdigest()[:32]
-        for inside in (
-            *("good.py", "last.py", "folder/rows.jsonl:byte 0", "folder/rows.jsonl:byte 28"),
-        )
-    }
+    # the id is that of the member and of its text
+    records = list(read(work / "out"))
+    expected_ids = set()
+    members = ("good.py", "last.py", "folder/rows.jsonl:byte 0", "folder/rows.jsonl:byte 28")
+    for inside, record in itertools.product(members, records):
+        member = hashlib.sha256(f"local\0x.{suffix}!{inside}".encode()).hexdigest()[:32]
+        content = json.dumps([record["text"], None, None, None, None])
+        expected_ids.add(hashlib.sha256(f"{member}\0{content}".encode()).hexdigest()[:32])
+    assert {record["id"] for record in records} <= expected_ids
+    assert len({record["id"] for record in records}) == len(members)
 
 
 def test_a_hostile_zip(tmp_path: Path) -> None:
