@@ -14,8 +14,8 @@ from megaphi.config import Optimizer
 from megaphi.parallel.mesh import Mesh
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; for the forward pass there is `parallel.tensor.local`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -72,10 +72,10 @@ class AdamW:
         for decays in (True, False):
             names = [n for n, p in self.parameters.items() if (p.dim() > 1) is decays]
             ops.adamw_step_(
-                [local(self.parameters[name]) for name in names],
-                [local(self.gradient(name)) for name in names],
-                [local(self.first_moments[name]) for name in names],
-                [local(self.second_moments[name]) for name in names],
+                [own_part(self.parameters[name]) for name in names],
+                [own_part(self.gradient(name)) for name in names],
+                [own_part(self.first_moments[name]) for name in names],
+                [own_part(self.second_moments[name]) for name in names],
                 count,
                 finite,
                 scale,
@@ -99,10 +99,10 @@ class AdamW:
         """Global L2 norm of the gradients over all processes, fp32 scalar on the device."""
         whole = [name for name, p in self.parameters.items() if _is_repeated(p)]
         cut = [name for name in self.parameters if name not in whole]
-        squares = ops.sum_of_squares([local(self.gradient(name)) for name in cut])
+        squares = ops.sum_of_squares([own_part(self.gradient(name)) for name in cut])
         if whole:
             # every process of the tensor axis has these: each counts its share
-            repeated = ops.sum_of_squares([local(self.gradient(name)) for name in whole])
+            repeated = ops.sum_of_squares([own_part(self.gradient(name)) for name in whole])
             squares = squares + repeated / self.mesh.tensor_size
         return self.mesh.sum_(squares / self.mesh.num_groups).sqrt()
 

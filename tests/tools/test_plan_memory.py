@@ -15,7 +15,7 @@ from megaphi.config import Model, Optimizer, Parallel
 from megaphi.model.execution import Execution
 from megaphi.model.phi import Phi
 from megaphi.model.rotary import rotary_tables
-from megaphi.optim.adamw import AdamW, local
+from megaphi.optim.adamw import AdamW, own_part
 from megaphi.parallel.mesh import processes
 from megaphi.training.parallelize import parallelize, send_gradients, sharded_modules
 from tests.kernels.interpreter import assert_passes_in_the_interpreter
@@ -141,11 +141,11 @@ def test_state_of_a_real_run() -> None:
         model.to_empty(device=mesh.device)
         with torch.no_grad():
             for parameter in model.parameters():
-                local(parameter).fill_(0.02)
+                own_part(parameter).fill_(0.02)
         optimizer = AdamW(model.named_parameters(), Optimizer(), mesh)
-        assert plan.master == sum(local(p).nbytes for p in optimizer.parameters.values())
+        assert plan.master == sum(own_part(p).nbytes for p in optimizer.parameters.values())
         moments = [*optimizer.first_moments.values(), *optimizer.second_moments.values()]
-        assert plan.moments == sum(local(moment).nbytes for moment in moments)
+        assert plan.moments == sum(own_part(moment).nbytes for moment in moments)
         # a micro-batch that is not the last of its step
         send_gradients(model, False, Parallel())
         tokens = torch.randint(0, SMALL.vocab_size, (2, 32))

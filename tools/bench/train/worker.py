@@ -16,7 +16,7 @@ import torch
 from megaphi.config import Recipe
 from megaphi.data.loader import Loader
 from megaphi.metrics.logger import RunLogger
-from megaphi.optim.adamw import local
+from megaphi.optim.adamw import own_part
 from megaphi.parallel.mesh import Mesh, processes
 from megaphi.precision.policy import facts_of, resolve
 from megaphi.recipe_file import load_recipe
@@ -42,7 +42,7 @@ class BenchTrainer(Trainer):
         model, device = self.recipe.model, self.mesh.device
         generator = torch.Generator(device).manual_seed(self.recipe.train.seed)
         for name, parameter in self.optimizer.parameters.items():
-            part = local(parameter)
+            part = own_part(parameter)
             if part.dim() == 1:
                 part.fill_(1.0 if name.endswith("norm.weight") else 0.0)
                 continue
