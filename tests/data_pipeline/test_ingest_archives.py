@@ -129,7 +129,7 @@ def test_a_hostile_tar(tmp_path: Path, suffix: str) -> None:
     members = ("good.py", "last.py", "folder/rows.jsonl:byte 0", "folder/rows.jsonl:byte 28")
     for inside, record in itertools.product(members, records):
         member = hashlib.sha256(f"local\0x.{suffix}!{inside}".encode()).hexdigest()[:32]
-        content = json.dumps([record["text"], None, None, None, None])
+        content = json.dumps([record["text"], None, record.get("path"), None, None])
         expected_ids.add(hashlib.sha256(f"{member}\0{content}".encode()).hexdigest()[:32])
     assert {record["id"] for record in records} <= expected_ids
     assert len({record["id"] for record in records}) == len(members)
