@@ -152,7 +152,7 @@ def _block_pointer(table_ptr, tensor, start, aligned: tl.constexpr):  # type: ig
     return pointer + start
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _update(p_ptr, g_ptr, m_ptr, v_ptr, mask, factors):  # type: ignore[no-untyped-def]
     """One AdamW update of the elements at these pointers; a mask of None takes all of them."""
     scale, rate, root_correction, decay_rate, beta1, beta2, rest1, rest2, epsilon = factors

@@ -210,14 +210,14 @@ class _BiasGelu(torch.autograd.Function):
     """Eager: without the dispatcher's cost for custom operations."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         """Keep the two inputs."""
         ctx.save_for_backward(x, bias)
         return _forward(x, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         """Both gradients in one pass."""
         return _backward(grad_y, *ctx.saved_tensors)
 

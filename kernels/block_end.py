@@ -339,14 +339,14 @@ class _BlockEnd(torch.autograd.Function):
     """The same as the operator, without the dispatcher's cost."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _forward(*inputs)
 
-    setup_context = staticmethod(_setup_context)  # type: ignore[assignment]
+    setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(
         ctx: Any, dy_btd: Tensor | None, dr_btd: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, _backward, dy_btd, dr_btd)

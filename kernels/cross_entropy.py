@@ -185,7 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The operator without the dispatcher, for eager mode."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_nd: Tensor,
         weight_vd: Tensor,
@@ -201,10 +201,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_loss: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients that the forward pass made."""
         return _scale_gradients(ctx, grad_loss)[:5]
 

@@ -220,14 +220,14 @@ class _BiasDropoutAdd(torch.autograd.Function):
     """The same as the operator, without the dispatcher's cost."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
+    def forward(*inputs: Any) -> Tensor:
         return _forward(*inputs)
 
-    setup_context = staticmethod(_setup_context)  # type: ignore[assignment]
+    setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dz_btd: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dz_btd: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, _backward, dz_btd)
 
 

@@ -258,16 +258,16 @@ class _LayerNorm(torch.autograd.Function):
     """The same as the operator, without the dispatcher's cost."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x_btd: Tensor, weight_d: Tensor, bias_d: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _forward(x_btd, weight_d, bias_d, epsilon)
 
-    setup_context = staticmethod(_setup_context)  # type: ignore[assignment]
+    setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy_btd: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_btd: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, _backward, dy_btd)
 
 

@@ -228,7 +228,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Chunked head and loss; the gradients are made in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_nd: Tensor,
         weight_vd: Tensor,
@@ -265,10 +265,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_loss: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients that the forward pass made."""
         # multiplied in fp32: one over the tokens of a step, rounded to bf16, is off by up to 0.4%
         scaled = ((g.float() * grad_loss).to(g.dtype) for g in ctx.saved_tensors)

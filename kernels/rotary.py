@@ -159,9 +159,7 @@ class _InPlace(torch.autograd.Function):
     """Eager: writes over `whole`, the tensor of which `shape` is a view."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, whole: Tensor, shape: torch.Size, cosine: Tensor, sine: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, whole: Tensor, shape: torch.Size, cosine: Tensor, sine: Tensor) -> Tensor:
         """Turn `whole` itself."""
         ctx.mark_dirty(whole)
         ctx.save_for_backward(cosine, sine)
@@ -171,8 +169,8 @@ class _InPlace(torch.autograd.Function):
         return whole
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Turn a copy of the gradient back."""
         packed = grad.contiguous().view(ctx.shape)
         turned = torch.empty_like(packed)
@@ -185,9 +183,7 @@ class _NewTensor(torch.autograd.Function):
     """Eager: leaves the input as it is."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, qkv: Tensor, cosine: Tensor, sine: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Copy and turn in one kernel."""
         ctx.save_for_backward(cosine, sine)
         qkv = qkv.contiguous()
@@ -196,8 +192,8 @@ class _NewTensor(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Copy and turn back in one kernel."""
         grad = grad.contiguous()
         turned = torch.empty_like(grad)
@@ -210,9 +206,7 @@ class _Compiled(torch.autograd.Function):
     """Under torch.compile: copies that Inductor removes where the original is not needed."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, qkv: Tensor, cosine: Tensor, sine: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Turn a copy."""
         ctx.save_for_backward(cosine, sine)
         out = qkv.clone(memory_format=torch.contiguous_format)
@@ -220,7 +214,7 @@ class _Compiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Turn a copy of the gradient back."""
         cosine, sine = ctx.saved_tensors
         turned = grad.clone(memory_format=torch.contiguous_format)

@@ -27,7 +27,7 @@ def launch_settings(num_columns: int) -> tuple[int, int]:
     return block, min(NUM_WARPS, max(1, block // 512))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def target_logit(row_ptr, column, num_columns):  # type: ignore[no-untyped-def]
     """Whether int64 `column` is one of the row's; and its logit in fp32, else that of column 0."""
     here = (column >= 0) & (column < num_columns)

@@ -11,7 +11,7 @@ from megaphi.recipe_file import load_recipe
 from megaphi.resilience.signals import StopRequest
 
 
-def run(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Train the recipe that `argv` describes.
 
     Raises:
@@ -32,10 +32,5 @@ def run(argv: list[str]) -> int:
     return EXIT_OK
 
 
-def main() -> int:
-    """Run the command line's recipe and return the exit status."""
-    return run_main(run, sys.argv[1:])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, sys.argv[1:]))

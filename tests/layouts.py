@@ -56,7 +56,7 @@ class Launcher:
         options: list[str],
         processes: int,
         log: Path,
-        entry: str = "megaphi.train:run",
+        entry: str = "megaphi.train:main",
         errors: Path | None = None,
     ) -> list[int]:
         """Train on `processes` processes; their exit statuses.
@@ -130,7 +130,7 @@ def _become_trainer(job: dict[str, object], rank: int, port: int) -> None:
         )
         module, _, function = str(job["entry"]).partition(":")
         run = getattr(importlib.import_module(module), function)
-        status = run_main(run, list(job["options"]))  # type: ignore[call-overload]
+        status = run_main(run, list(job["options"]))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -14,7 +14,7 @@ from megaphi.errors import run_main
 
 VERBS = {
     "data": ("tools.data.command", "build a corpus: ingest, train-tokenizer, tokenize, merge"),
-    "train": ("tools.train", "train a recipe (the same as python -m megaphi.train)"),
+    "train": ("megaphi.train", "train a recipe (the same as python -m megaphi.train)"),
     "convert": ("tools.convert", "to Hugging Face directories and GGUF files, and back"),
     "generate": ("tools.generate", "complete a prompt with a trained model"),
     "evaluate": (

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.model_options import wait_without_spinning
 from tools.option_names import flags_of, translated
-from tools.threads import wait_without_spinning
 
 
 def _parser() -> argparse.ArgumentParser:

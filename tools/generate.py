@@ -15,8 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.model_options import DTYPES, check_sampling, choose_device, load_tokenizer
-from tools.threads import wait_without_spinning
+from tools.model_options import (
+    DTYPES,
+    check_sampling,
+    choose_device,
+    tokenizer_file,
+    wait_without_spinning,
+)
 
 if TYPE_CHECKING:
     from megaphi.generate import Completion
@@ -182,9 +187,9 @@ def _complete(
     device, dtype = choose_device(options.device, options.dtype)
     source = resolve_model(options.model)
     tokenizer_dir = options.tokenizer or find_tokenizer(source)
-    from data_pipeline.tokens.tokenizer_json import tokenizer_errors
+    from data_pipeline.tokens.tokenizer_json import read_tokenizer, tokenizer_errors
 
-    tokenizer = load_tokenizer(tokenizer_dir, source)
+    tokenizer = read_tokenizer(tokenizer_file(tokenizer_dir or source))
     loaded = load_source(source, device=device, dtype=dtype)
     eos_id = end_of_text_id(tokenizer_dir, loaded.config.vocab_size)
     room = loaded.config.max_sequence_length - options.max_new_tokens

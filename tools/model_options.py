@@ -1,12 +1,24 @@
-"""Options that verbs which load a model share: device, number format, tokenizer, sampling."""
+"""What verbs that load a model share: device, number format, tokenizer, sampling, threads."""
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def wait_without_spinning() -> None:
+    """Let OpenMP's threads sleep while they wait; call it before torch is imported.
+
+    They spin by default. A token of a small model is some hundred waits, and on cores that another
+    program uses as well each of them lasts until the kernel has run that program: generation was
+    ten times and more slower than with one thread. What the user has set is left as it is.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
@@ -50,15 +62,3 @@ def tokenizer_file(directory: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{directory}: no tokenizer.json; name its directory with --tokenizer DIR")
     return path
-
-
-def load_tokenizer(tokenizer_dir: Path | None, source: Path) -> Any:
-    """Load tokenizer.json; text that looks like a special token stays text.
-
-    Raises:
-        ValueError: there is none, or it is not readable.
-    """
-    path = tokenizer_file(tokenizer_dir or source)
-    from data_pipeline.tokens.tokenizer_json import read_tokenizer
-
-    return read_tokenizer(path)

@@ -110,7 +110,7 @@ def _start(archive: Any, names: list[str], budget: Budget) -> tuple[_Pipe, Any]:
                 continue
         raise _Stopped
 
-    class Writer(Py7zIO):  # type: ignore[misc]
+    class Writer(Py7zIO):
         def write(self, s: bytes | bytearray) -> int:
             budget.take(len(s))
             for start in range(0, len(s), _BLOCK_BYTES):
@@ -132,7 +132,7 @@ def _start(archive: Any, names: list[str], budget: Budget) -> tuple[_Pipe, Any]:
         def close(self) -> None:
             put(None)
 
-    class Factory(WriterFactory):  # type: ignore[misc]
+    class Factory(WriterFactory):
         def create(self, filename: str) -> Any:
             if filename not in wanted:
                 return NullIO()  # type: ignore[no-untyped-call]

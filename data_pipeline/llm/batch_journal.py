@@ -13,7 +13,7 @@ then searched for the tag, which is in the batch's metadata. A kill before `crea
 that costs money.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 STEPS = ("planned", "creating", "created", "closed")
@@ -41,7 +41,6 @@ class OpenBatch:
         time: of that step, seconds since 1970.
         file: id of the uploaded file, "" before.
         id: the server's id of the batch, "" before.
-        settled: requests of it whose outcome is known.
     """
 
     tag: str
@@ -52,7 +51,6 @@ class OpenBatch:
     time: float = 0.0
     file: str = ""
     id: str = ""
-    settled: set[str] = field(default_factory=set)
 
 
 def apply_batch_line(batches: dict[str, OpenBatch], entry: dict[str, Any]) -> OpenBatch:

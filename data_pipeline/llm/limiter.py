@@ -47,7 +47,6 @@ class Limiter:
     Attributes:
         in_flight: requests admitted and not released.
         allowed: how many may be in flight now.
-        throttled: how often the server asked for less.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class Limiter:
         self._freed = asyncio.Event()
         self.allowed = float(max_in_flight)
         self.in_flight = 0
-        self.throttled = 0
 
     async def acquire(self, tokens: int) -> None:
         """Wait until a request of at most `tokens` tokens may start."""
@@ -119,7 +117,6 @@ class Limiter:
         Answers to requests that were in flight together count as one complaint.
         """
         now = self._clock()
-        self.throttled += 1
         if now >= self._resume_at:
             self.allowed = max(1.0, self.allowed / 2)
         self._resume_at = max(self._resume_at, now + seconds)

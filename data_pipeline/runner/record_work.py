@@ -92,7 +92,7 @@ def record_work(
 
 def identity(record: Record) -> bytes:
     """24 bytes by which `check_identities` knows id and text."""
-    name, text = (record[key].encode("utf-8", "surrogatepass") for key in ("id", "text"))  # type: ignore[literal-required]
+    name, text = (record[key].encode("utf-8", "surrogatepass") for key in ("id", "text"))
     return (
         hashlib.blake2b(name, digest_size=16).digest()
         + hashlib.blake2b(text, digest_size=8).digest()

@@ -236,9 +236,7 @@ class Options:
         return self.executor or LocalExecutor(self.workers)
 
 
-def run_stage(
-    stage: Stage, work: Work, out: Path, options: Options, seed: int | None = None
-) -> tuple[Manifest, bool]:
+def run_stage(stage: Stage, work: Work, out: Path, options: Options) -> tuple[Manifest, bool]:
     """Run a stage into a records directory.
 
     Args:
@@ -246,7 +244,6 @@ def run_stage(
         work: its inputs.
         out: the records directory to make.
         options: workers, limits.
-        seed: seed of a stage that draws.
 
     Returns:
         The manifest, and whether a finished output was reused.
@@ -257,11 +254,11 @@ def run_stage(
         RunError: nothing was kept, a document is unaccounted for, or a worker died.
         ShardsLeft: the executor leaves shards to others.
     """
-    reusable = _reusable(stage, work, out, options, seed)
+    reusable = _reusable(stage, work, out, options)
     if reusable is not None:
         return reusable, True
     started = time.monotonic()
-    plan = digest([stage.name, stage.version, stage.config, stage.compress, seed, work.fingerprint])
+    plan = digest([stage.name, stage.version, stage.config, stage.compress, None, work.fingerprint])
     allowed = None if options.overwrite else _set_aside(plan, out, options)
     if allowed is not None:
         return allowed, True
@@ -271,7 +268,7 @@ def run_stage(
         work.prepare()
         results = _run_shards(stage, work, directory, options)
         work.check([directory.shard_directory(index) for index in range(len(results))])
-        manifest = _gather(stage, work, directory, results, seed)
+        manifest = _gather(stage, work, directory, results)
         work.finish(directory.path, [result.get("notes", []) for result in results])
         run = {
             "seconds": round(time.monotonic() - started, 3),
@@ -290,9 +287,7 @@ def run_stage(
     return manifest, False
 
 
-def _reusable(
-    stage: Stage, work: Work, out: Path, options: Options, seed: int | None
-) -> Manifest | None:
+def _reusable(stage: Stage, work: Work, out: Path, options: Options) -> Manifest | None:
     """The manifest of a finished output of the same inputs and options, None to build anew."""
     check_target(out)
     if not (out / MANIFEST_NAME).is_file() or options.overwrite:
@@ -301,10 +296,10 @@ def _reusable(
     compressed = all(part.name.endswith(".zst") for part in manifest.parts)
     # Comparing the options first saves reading the inputs.
     if compressed == stage.compress and manifest.key == stage_key(
-        stage.name, stage.version, stage.config, seed, manifest.inputs
+        stage.name, stage.version, stage.config, None, manifest.inputs
     ):
         inputs = work.identify()
-        if manifest.key == stage_key(stage.name, stage.version, stage.config, seed, inputs):
+        if manifest.key == stage_key(stage.name, stage.version, stage.config, None, inputs):
             return manifest
     raise OtherOutput(
         f"{out}: holds the output of other inputs or options; "
@@ -335,7 +330,6 @@ def _gather(
     work: Work,
     directory: WorkDirectory,
     results: list[dict[str, Json]],
-    seed: int | None,
 ) -> Manifest:
     """Number the shards' files through and sum up their counts."""
     reasons: Counter[str] = Counter()
@@ -347,7 +341,7 @@ def _gather(
         stage=stage.name,
         version=stage.version,
         config=stage.config,
-        seed=seed,
+        seed=None,
         inputs=work.describe([result["inputs"] for result in results]),
         records_in=sum(result["records_in"] for result in results),
         records_out=sum(result["records_out"] for result in results),

@@ -6,7 +6,7 @@ read eight bytes at a time. Two hashes of different words are equal with probabi
 Legend of shapes: b bytes of the batch, w words, s shingles, d documents.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,17 +130,3 @@ def hash_shingles(words: Words, size: int) -> tuple[U64, NDArray[np.int64]]:
 def _multipliers(size: int) -> U64:
     """[size] odd numbers, one for each place in a shingle."""
     return mix(np.arange(1, size + 1, dtype=np.uint64)) | np.uint64(1)
-
-
-def batches(texts: Iterator[bytes], batch_bytes: int = BATCH_BYTES) -> Iterator[list[bytes]]:
-    """Gather texts to batches of about `batch_bytes`."""
-    batch: list[bytes] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= batch_bytes:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

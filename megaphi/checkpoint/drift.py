@@ -1,9 +1,9 @@
-"""What may be different when a run goes on: what is refused, what is said, what does not matter.
+"""What may be different when a run is resumed: what is refused, reported, or does not matter.
 
-`drift_table` is the whole list. What would make the run another run (model, data, its order) is
-refused; what changes its numbers from here on (learning rate, layout, versions) is said when it is
-resumed; where files lie and how often things happen is free. Every key of the recipe falls under
-one row, so that nothing changes in silence.
+`RECIPE_KEYS` and `FACTS` are the complete list. What would make the run another run (model, data,
+its order) is refused; what changes its numbers from here on (learning rate, layout, versions) is
+reported when it is resumed; where files are and how often things happen is free. Every key of the
+recipe falls under one row, so that nothing changes in silence.
 """
 
 import fnmatch
@@ -37,15 +37,15 @@ RECIPE_KEYS = (
     Drift("data.prefetch_batches", "accept", "speed only"),
     Drift("data.mask_documents", "warn", "what a token sees"),
     Drift("data.*", "refuse", "which sample comes when"),
-    Drift("model.residual_dropout", "warn", "training goes on with another rate"),
-    Drift("model.attention_dropout", "warn", "training goes on with another rate"),
+    Drift("model.residual_dropout", "warn", "training continues with another rate"),
+    Drift("model.attention_dropout", "warn", "training continues with another rate"),
     Drift("model.initializer_range", "accept", "used only for new weights"),
     Drift("model.*", "refuse", "shape or meaning of the weights"),
     Drift("parallel.*", "warn", "order of sums"),
     Drift("precision.*", "warn", "rounding"),
     Drift("compute.*", "warn", "rounding"),
-    Drift("optimizer.*", "warn", "training goes on with other values"),
-    Drift("schedule.*", "warn", "training goes on with another learning rate"),
+    Drift("optimizer.*", "warn", "training continues with other values"),
+    Drift("schedule.*", "warn", "training continues with another learning rate"),
     Drift("checkpoint.*", "accept", "when and where it is saved"),
     Drift("logging.*", "accept", "what is printed"),
 )
@@ -70,13 +70,8 @@ FACTS = (
 )
 
 
-def drift_table() -> tuple[Drift, ...]:
-    """Everything that is compared when a run is resumed; recipe keys by the first row that fits."""
-    return (*FACTS, *RECIPE_KEYS)
-
-
 def rule_of(key: str) -> Drift:
-    """The row of a recipe key."""
+    """The row of a recipe key: the first that fits."""
     return next(rule for rule in RECIPE_KEYS if fnmatch.fnmatchcase(key, rule.what))
 
 

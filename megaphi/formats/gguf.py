@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "phi2"
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-TYPES = tuple(_FILE_TYPES)
 _EXACT_KINDS = (0, 1, 30)  # F32, F16, BF16 in gguf.GGMLQuantizationType
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -156,7 +155,7 @@ def write_gguf(
     Args:
         path: written in place; `partial_file` makes it atomic.
         weights: the model.
-        type_name: one of `TYPES`.
+        type_name: a key of `_FILE_TYPES`.
         vocabulary: the tokenizer.
         provenance: where the model comes from.
         labels: name and licence.

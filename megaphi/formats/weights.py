@@ -116,7 +116,7 @@ def read_model_config(directory: Path) -> Model:
             if key not in known:
                 raise ValueError(f"{path}: unknown key {key}")
             # a float may be written as a whole number; a bool is an int to Python, not to us
-            fits = isinstance(value, known[key].type | int) and not isinstance(value, bool)  # type: ignore[operator]
+            fits = isinstance(value, known[key].type | int) and not isinstance(value, bool)
             if not fits or (isinstance(value, int) and abs(value) >= 2**31):
                 raise ValueError(f"{path}: {key} has the value {str(value)[:40]}")
         return Model(**values)

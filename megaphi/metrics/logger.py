@@ -109,7 +109,7 @@ class RunLogger:
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(
                 str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
             )
         self._bar = None
@@ -171,15 +171,13 @@ class RunLogger:
             return
         for key, value in row.items():
             if key != "step" and value is not None:
-                self._board.add_scalar(  # type: ignore[no-untyped-call]
-                    f"{group}/{key}", value, row["step"]
-                )
+                self._board.add_scalar(f"{group}/{key}", value, row["step"])
 
     def close(self) -> None:
         """Close the files; what could not be written has been said."""
         with contextlib.suppress(OSError):
             self._file.close()
         if self._board is not None:
-            self._board.close()  # type: ignore[no-untyped-call]
+            self._board.close()
         if self._bar is not None:
             self._bar.close()

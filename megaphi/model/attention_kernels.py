@@ -42,7 +42,7 @@ def _flash2(
     documents: Documents | None,
 ) -> Tensor:
     """flash-attn 2."""
-    from flash_attn import (  # type: ignore[import-not-found]
+    from flash_attn import (
         flash_attn_func,
         flash_attn_varlen_func,
     )
@@ -97,7 +97,7 @@ def _without_dropout(
 @functools.lru_cache(maxsize=8)
 def _transformer_engine_module(heads: int, head_size: int, probability: float) -> Any:
     """Transformer Engine's attention, which has no parameters but wants to be a module."""
-    from transformer_engine.pytorch import (  # type: ignore[import-not-found]
+    from transformer_engine.pytorch import (
         DotProductAttention,
     )
 

@@ -115,7 +115,7 @@ class _ColumnPair(torch.autograd.Function):
     """The two layers, whose weights are parameters: DTensors, of which each has a part."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         part_nd: Tensor,
         first_weight: Tensor,
@@ -145,10 +145,8 @@ class _ColumnPair(torch.autograd.Function):
         return outputs[0], outputs[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
-        ctx: Any, first_nm: Tensor, second_nm: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, first_nm: Tensor, second_nm: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the part of the rows, both weights and the bias; see the top of the file."""
         kept_nd, *weights = ctx.saved_tensors
         rows_nd = kept_nd if ctx.keep_rows else ctx.axis.start_gather(kept_nd)

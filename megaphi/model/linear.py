@@ -97,19 +97,15 @@ class LinearWithFp32Gradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + b; the weight may be a DTensor, of which this is the local part."""
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return F.linear(x, local(weight), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_y: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, of W (None where it was added up in place), and of b."""
         x, weight = ctx.saved_tensors
         grad_x = grad_y @ local(weight) if ctx.needs_input_grad[0] else None

@@ -41,9 +41,7 @@ class _ShortAttention(torch.autograd.Function):
     """The formula and its derivative; what is kept is q, k, v and the probabilities."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, query_gqk: Tensor, key_gsk: Tensor, value_gsk: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, query_gqk: Tensor, key_gsk: Tensor, value_gsk: Tensor) -> Tensor:
         """Attend."""
         ctx.scale = query_gqk.shape[-1] ** -0.5
         scores_gqs = torch.baddbmm(
@@ -54,10 +52,8 @@ class _ShortAttention(torch.autograd.Function):
         return torch.bmm(weights_gqs, value_gsk)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_gqk: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_gqk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, keys and values."""
         query_gqk, key_gsk, value_gsk, weights_gqs = ctx.saved_tensors
         grad_value_gsk = torch.bmm(weights_gqs.transpose(1, 2), grad_gqk)

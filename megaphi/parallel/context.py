@@ -61,7 +61,7 @@ class _Gather(torch.autograd.Function):
     """All-gather along the sequence; backward reduce-scatter."""
 
     @staticmethod
-    def forward(ctx: Any, part_bt: Tensor, axis: ContextAxis) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, part_bt: Tensor, axis: ContextAxis) -> Tensor:
         """Whole sequences."""
         ctx.axis = axis
         # time first, so that the parts of the processes are rows of one buffer
@@ -72,7 +72,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([chunks[index] for index in axis._order()]).transpose(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad_bs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_bs: Tensor) -> tuple[Tensor, None]:
         """Sum of all processes' gradients of this process's part."""
         axis = ctx.axis
         chunks = grad_bs.transpose(0, 1).chunk(2 * axis.size)

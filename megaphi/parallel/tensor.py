@@ -77,13 +77,13 @@ class _Gather(torch.autograd.Function):
     """All-gather of rows; backward reduce-scatter."""
 
     @staticmethod
-    def forward(ctx: Any, part_nd: Tensor, axis: TensorAxis) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, part_nd: Tensor, axis: TensorAxis) -> Tensor:
         """Rows of all processes."""
         ctx.axis = axis
         return finished(axis.start_gather(part_nd))
 
     @staticmethod
-    def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor, None]:
         """Every process used the rows for its own part of the layer: the gradients add up."""
         return finished(ctx.axis.start_sum_and_cut(grad_nd)), None
 
@@ -92,13 +92,13 @@ class _SumAndCut(torch.autograd.Function):
     """Reduce-scatter of rows; backward all-gather."""
 
     @staticmethod
-    def forward(ctx: Any, partial_nd: Tensor, axis: TensorAxis) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, partial_nd: Tensor, axis: TensorAxis) -> Tensor:
         """This process's part of the sum."""
         ctx.axis = axis
         return finished(axis.start_sum_and_cut(partial_nd))
 
     @staticmethod
-    def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor, None]:
         """Each addend gets the gradient of all rows."""
         return finished(ctx.axis.start_gather(grad_nd)), None
 
@@ -163,7 +163,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Chunks of rows, whose logits exist one chunk at a time and become their own gradients."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_nd: Tensor,
         weight_vd: Tensor,
@@ -197,10 +197,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_loss: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients that the forward pass made."""
         gradients = (
             (gradient.float() * grad_loss).to(dtype)

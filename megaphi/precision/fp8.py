@@ -195,7 +195,7 @@ class ScaledLinear(torch.autograd.Function):
     """The three products; between forward and backward it keeps FP8 copies only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Fp8Linear
     ) -> Tensor:
         """Cast, multiply, and keep what the backward pass needs: transposes."""
@@ -207,8 +207,8 @@ class ScaledLinear(torch.autograd.Function):
         return forward_product(x_cast.rows, x_cast.inverse, weight_cast, bias, x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(
         ctx: Any, grad_y: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         """Gradients of x in the dtype of `grad_y`, of W and b in fp32, which autograd adds up."""

@@ -155,7 +155,7 @@ def test_weights_are_read_without_the_processes_that_wrote_them(
     from tools.cli import main
 
     run_dir = tmp_path / "run"
-    train(launcher, toy_tokens, run_dir, layout, "megaphi.train:run", train__steps=1)
+    train(launcher, toy_tokens, run_dir, layout, "megaphi.train:main", train__steps=1)
     expected = assembled(find_checkpoints(run_dir)[0])
     weights = CheckpointWeights(find_checkpoints(run_dir)[0])
     assert {f"model.{name}" for name in weights} == {n for n in expected if n.startswith("model.")}
@@ -178,7 +178,7 @@ def test_a_run_may_change_its_layout_on_the_way(
     run_dir = tmp_path / "run"
     for steps, layout in ((2, "tensor 2 x context 2"), (4, "zbv 2 x tensor 2")):
         options = {"train__steps": steps}
-        printed = train(launcher, toy_tokens, run_dir, layout, "megaphi.train:run", **options)
+        printed = train(launcher, toy_tokens, run_dir, layout, "megaphi.train:main", **options)
         assert ("resuming from" in printed) == (steps == 4)
     a, b = curve(unmoved), curve(run_dir)
     for step in range(1, 5):

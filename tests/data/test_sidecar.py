@@ -38,7 +38,7 @@ def make(prefix: Path, documents: list[list[int]], **changes: object) -> TokenFi
         "idx_bytes": len(index),
         "recipe": {"from": prefix.name, "note": "é"},
     }
-    info = TokenFileInfo(**{**values, **changes})  # type: ignore[arg-type]
+    info = TokenFileInfo(**{**values, **changes})
     write_info(prefix, info)
     return info
 

@@ -174,7 +174,7 @@ def test_clusters_are_those_of_brute_force(tmp_path: Path) -> None:
     rejects = read(tmp_path / "out", "rejected")
     kept = read(tmp_path / "out")
     assert sorted([r["id"] for r in kept + rejects]) == sorted(numbers)
-    named = {r["id"]: re.match(r"of (\w+), ", r["detail"])[1] for r in rejects}  # type: ignore[index]
+    named = {r["id"]: re.match(r"of (\w+), ", r["detail"])[1] for r in rejects}
     assert named == {d["id"]: c["kept"] for c in table for d in c["dropped"]}
     assert manifest.rejected["duplicate"] >= 5
     sizes = {r["id"]: r["dup"]["size"] for r in kept if "dup" in r}

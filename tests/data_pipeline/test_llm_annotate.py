@@ -93,7 +93,7 @@ def test_labels_canaries_and_report(
         assert len(server.asked) == 60 + 2 * 3, "each batch of 20 has its own two canaries"
         assert max(server.times.values()) == 1
         prompts = {asked.body["messages"][0]["content"] for asked in server.asked}
-        marks = {BORDER.search(asked.body["messages"][1]["content"])[1] for asked in server.asked}  # type: ignore[index]
+        marks = {BORDER.search(asked.body["messages"][1]["content"])[1] for asked in server.asked}
         schema = server.asked[0].body["response_format"]["json_schema"]
         assert main(arguments) == 0
         assert result(capsys)["reused"] is True

@@ -98,7 +98,7 @@ def test_ids_that_are_none(name: Any) -> None:
             lambda client: client.state("batch_1"),
         ):
             with pytest.raises(CallError, match="no proper id") as caught:
-                use(server, work)  # type: ignore[arg-type]
+                use(server, work)
             assert KEY not in str(caught.value)
     if name is not None:
         reply = Reply({"id": "b", "status": "completed", "output_file_id": name})
@@ -155,7 +155,7 @@ def test_redirects_of_files_are_not_followed(status: int) -> None:
             with BatchServer(lambda asked, before: Reply({})) as server:
                 server.files["f"] = b""
                 reply = Reply(b"", status, {"Location": target})
-                server.on_step = lambda step, asked, reply=reply: reply  # type: ignore[misc]
+                server.on_step = lambda step, asked, reply=reply: reply
                 with pytest.raises(RunError, match="redirects"):
                     use(server, lambda client: client.download("f", 10**6, ignore))
     assert other.asked == []

@@ -58,7 +58,7 @@ def ask(url: str, deadline: float = 20.0, max_body: int = 100_000) -> Answer:
 
 def problem(reply: Reply, **options: float) -> CallError:
     with served(reply) as server, pytest.raises(CallError) as caught:
-        ask(server.url, **options)  # type: ignore[arg-type]
+        ask(server.url, **options)
     assert KEY not in str(caught.value)
     assert len(str(caught.value)) < 400
     return caught.value

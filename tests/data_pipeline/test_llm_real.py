@@ -63,7 +63,7 @@ def test_a_real_model_annotates(
         assert given["model"] == "smollm2"
     answers = ledger_answers(tmp_path / "labels.ledger.jsonl")
     assert len(answers) == 4 + 2
-    assert all(answer["answer"]["prompt_tokens"] > 100 for answer in answers)  # type: ignore[index]
+    assert all(answer["answer"]["prompt_tokens"] > 100 for answer in answers)
     assert main([*arguments, "--overwrite"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["records_sha256"] == result["records_sha256"]

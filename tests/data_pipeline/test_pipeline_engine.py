@@ -30,7 +30,7 @@ def keep_even(shard: list[int], config: dict[str, Any], tally: Tally) -> Iterato
             yield Reject(f"{number:032x}", "odd", "an odd number", f"shard:{number}")
         else:
             record = {"id": f"{number:032x}", "text": f"é{number}", "source": "test", "new": [1]}
-            yield record  # type: ignore[misc]
+            yield record
 
 
 def stage(**config: Any) -> Stage:

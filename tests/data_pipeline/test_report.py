@@ -130,7 +130,7 @@ def test_measures_are_those_of_brute_force(tmp_path: Path) -> None:
     names = Counter(n.name for t in trees for n in ast.walk(t) if isinstance(n, ast.FunctionDef))
     assert found["names"]["total"] == sum(names.values()) == 60
     assert found["names"]["distinct"] == len(names)
-    imports = Counter(t.body[0].names[0].name for t in trees)  # type: ignore[attr-defined]
+    imports = Counter(t.body[0].names[0].name for t in trees)
     assert dict(found["imports"]["top"]) == dict(imports)
     sizes = sorted(len(text.encode()) for text in texts)
     assert found["bytes"] == sum(sizes)

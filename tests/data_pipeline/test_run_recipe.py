@@ -312,9 +312,9 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(
 
     def attempt(work: Path, seconds: float) -> tuple[int, float]:
         words = ["data", "run", str(recipe), "--work", str(work), "--workers", "1"]
-        driver.stdin.write("\t".join([str(seconds), *words]) + "\n")  # type: ignore[union-attr]
-        driver.stdin.flush()  # type: ignore[union-attr]
-        status, took = driver.stdout.readline().split()  # type: ignore[union-attr]
+        driver.stdin.write("\t".join([str(seconds), *words]) + "\n")
+        driver.stdin.flush()
+        status, took = driver.stdout.readline().split()
         return int(status), float(took)
 
     try:

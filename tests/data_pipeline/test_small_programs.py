@@ -81,7 +81,7 @@ def test_examples_in_docstrings_pass_doctest(kind: str) -> None:
     examples = 0
     for row in compose(kind=kind, samples=150):
         code = row["text"] if kind == "exercises" else FENCED.findall(row["text"])[0]
-        assert ast.get_docstring(ast.parse(code).body[0]) is not None  # type: ignore[arg-type]
+        assert ast.get_docstring(ast.parse(code).body[0]) is not None
         space: dict[str, Any] = {}
         exec(code, space)
         for test in doctest.DocTestFinder().find(space[row["meta"]["entry_point"]], globs=space):

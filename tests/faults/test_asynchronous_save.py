@@ -32,7 +32,7 @@ def straight(
 ) -> Path:
     """A run that nothing disturbs and that waits for its checkpoints."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    statuses, printed = train(launcher, toy_tokens, run_dir, "megaphi.train:run", "false")
+    statuses, printed = train(launcher, toy_tokens, run_dir, "megaphi.train:main", "false")
     assert statuses == [0, 0], printed
     return run_dir
 
@@ -44,7 +44,7 @@ def disturb(launcher: Launcher, tokens: Path, run_dir: Path, how: str) -> tuple[
 
 def assert_resumes(launcher: Launcher, tokens: Path, run_dir: Path, straight: Path) -> str:
     """Train to the end, to the bits of a run that nothing disturbed; returns the output."""
-    statuses, printed = train(launcher, tokens, run_dir, "megaphi.train:run")
+    statuses, printed = train(launcher, tokens, run_dir, "megaphi.train:main")
     assert statuses == [0, 0], printed
     assert "written in the background" in printed
     assert curve(run_dir) == curve(straight)

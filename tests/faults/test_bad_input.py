@@ -19,7 +19,7 @@ from megaphi.formats.manifest import CheckpointError, find_checkpoints
 from megaphi.metrics.logger import keep_metrics_until, last_step, metric_rows
 from megaphi.parallel.mesh import processes
 from megaphi.recipe_file import load_recipe
-from megaphi.train import run
+from megaphi.train import main
 from megaphi.training.trainer import Trainer
 from tests.helpers import before_tensor_writes, curve, metrics, toy_options, write_toy_tokens
 from tests.layouts import Launcher
@@ -32,7 +32,7 @@ def fails(
 ) -> str:
     """Run the command in this process and check its status and its one line."""
     capsys.readouterr()
-    assert run_main(run, options) == status
+    assert run_main(main, options) == status
     lines = [li for li in capsys.readouterr().err.splitlines() if li.startswith("megaphi: error")]
     assert len(lines) == 1, lines
     assert all(word in lines[0] for word in words), lines[0]
@@ -83,7 +83,7 @@ def test_tokenizer_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
     options = [o for o in toy_options(first, tmp_path / "run") if "split" not in o]
     words = ["different tokenizers", "first", "second"]
     fails([*options, f"--data.validation={second}"], 2, words, capsys)
-    assert run_main(run, [*options, "--train.steps=1"]) == 0
+    assert run_main(main, [*options, "--train.steps=1"]) == 0
     # another token file under the same name
     content = first.with_suffix(".bin").read_bytes()
     first.with_suffix(".bin").write_bytes(content + content)
@@ -143,7 +143,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(
         content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
         path.write_bytes(content)
         capsys.readouterr()
-        assert run_main(run, options) == 0
+        assert run_main(main, options) == 0
         output = capsys.readouterr()
         assert f"step-00000020/{name}" in output.err
         assert "set aside as" in output.err
@@ -171,7 +171,7 @@ def test_the_latest_file_is_only_a_hint(
 ) -> None:
     options, run_dir = finished
     (run_dir / "latest").write_bytes(content)
-    assert run_main(run, options) == 0
+    assert run_main(main, options) == 0
     assert "step-00000020" in capsys.readouterr().out
 
 
@@ -188,7 +188,7 @@ def test_resume_refuses_what_would_change_the_run(
     other = write_toy_tokens(tmp_path / "other", documents=201)
     fails([*options, f"--data.train={other}"], 2, ["content of the token files"], capsys)
     assert len(find_checkpoints(run_dir)) == 2
-    assert run_main(run, [*longer, "--data.planned_samples=160"]) == 0
+    assert run_main(main, [*longer, "--data.planned_samples=160"]) == 0
     steps = [row["step"] for row in metrics(run_dir) if "loss" in row]
     assert steps == list(range(1, 41))
 

@@ -81,7 +81,7 @@ def test_names_change_everywhere() -> None:
     everything = new["prompt"] + new["canonical_solution"] + new["test"]
     assert "join_parts" not in everything
     tree = ast.parse(new["prompt"] + new["canonical_solution"])
-    assert [a.arg for a in tree.body[0].args.args] == ["var_0", "var_1"]  # type: ignore[attr-defined]
+    assert [a.arg for a in tree.body[0].args.args] == ["var_0", "var_1"]
     assert "candidate(['a', 'b'], var_1='-')" in new["test"]
     renamed = perturb_row(MBPP, "names")
     assert "strict" not in "".join([renamed["code"], *renamed["test_list"]])

@@ -291,7 +291,7 @@ def test_recomputation_keeps_what_the_formula_says(recompute: str) -> None:
     """By the storages that live after the forward pass: checkpointing hides them from hooks."""
     live = {}
     for kind in ("none", recompute):
-        model = Phi(SMALL, Execution(recompute=kind)).to(torch.bfloat16)  # type: ignore[arg-type]
+        model = Phi(SMALL, Execution(recompute=kind)).to(torch.bfloat16)
         tokens = torch.randint(0, SMALL.vocab_size, (4, 64))
         with PeakOfStorages() as storages:
             loss = model(tokens, tokens)

@@ -131,8 +131,8 @@ def child_environment() -> dict[str, str]:
 
 
 def run_child(module: str, request: Path) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module request` quietly."""
-    command = [sys.executable, "-W", "ignore", "-m", module, str(request)]
+    """Run `python -m module request`; what it prints is returned."""
+    command = [sys.executable, "-m", module, str(request)]
     return subprocess.run(
         command, env=child_environment(), capture_output=True, text=True, check=False
     )

@@ -42,9 +42,13 @@ from tools.evaluation.perturb import FAMILIES, perturb_suite
 from tools.evaluation.report import read_similarity, render, summarise
 from tools.evaluation.store import Key, RowFile, open_directory
 from tools.evaluation.suites import Problem, Suite, load_suite
-from tools.model_options import check_sampling, choose_device, tokenizer_file
+from tools.model_options import (
+    check_sampling,
+    choose_device,
+    tokenizer_file,
+    wait_without_spinning,
+)
 from tools.option_names import flags_of, translated
-from tools.threads import wait_without_spinning
 
 _DEFAULT_KS = (1, 10, 100)
 # options of sampling that results do not depend on

@@ -135,12 +135,13 @@ class PhiBackend:
         dtype: "torch.dtype",
         tokenizer_dir: Path | None,
     ) -> None:
+        from data_pipeline.tokens.tokenizer_json import read_tokenizer
         from megaphi.formats.tokenizer_files import end_of_text_id, find_tokenizer
         from megaphi.formats.weights import load_source
-        from tools.model_options import load_tokenizer
+        from tools.model_options import tokenizer_file
 
         folder = tokenizer_dir or find_tokenizer(source)
-        self._tokenizer = load_tokenizer(folder, source)
+        self._tokenizer = read_tokenizer(tokenizer_file(folder or source))
         loaded = load_source(source, device=device, dtype=dtype)
         self._model = loaded.model
         self._eos_id = end_of_text_id(folder, loaded.config.vocab_size)

@@ -178,12 +178,12 @@ def draw(run_dir: Path, suite_name: str, points: Iterable[tuple[int, Mapping[str
     folder = run_dir / TENSORBOARD_NAME / f"evaluation-{suite_name}"
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
-    with SummaryWriter(str(folder)) as board:  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(folder)) as board:
         for tokens, summary in points:
             for k, value in summary["pass@k"].items():
                 for part in ("value", "low", "high"):
                     tag = f"evaluation/{suite_name}/pass@{k}" + (
                         "" if part == "value" else f"/{part}"
                     )
-                    board.add_scalar(tag, value[part], tokens)  # type: ignore[no-untyped-call]
+                    board.add_scalar(tag, value[part], tokens)
     return folder

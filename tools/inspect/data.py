@@ -113,9 +113,9 @@ def _head(
     directory = Path(f"{prefix}.tokenizer")
     tokenizer = None
     if (directory / "tokenizer.json").is_file():
-        from tools.model_options import load_tokenizer
+        from data_pipeline.tokens.tokenizer_json import read_tokenizer
 
-        tokenizer = load_tokenizer(directory, directory)
+        tokenizer = read_tokenizer(directory / "tokenizer.json")
     shown = []
     for number in range(min(count, len(borders) - 1)):
         start, stop = int(borders[number]), int(borders[number + 1])

@@ -95,7 +95,7 @@ def flash_attention_states() -> dict[str, str]:
 
     states = {}
     for backend in ("flash2", "flash3", "flash4"):
-        version, problem = find_package(backend)  # type: ignore[arg-type]
+        version, problem = find_package(backend)
         states[f"flash-attn {backend[-1]}"] = version or problem.removeprefix("is ")
     return states
 
@@ -154,7 +154,7 @@ def describe_precision(device: "torch.device") -> dict[str, str]:
     report = {}
     for dtype in ("auto", "bf16", "fp16", "fp8", "fp8-auto"):
         try:
-            reason = resolve(Precision(dtype=dtype), facts).reason  # type: ignore[arg-type]
+            reason = resolve(Precision(dtype=dtype), facts).reason
         except ValueError as error:
             reason = f"refused: {error}"
         report[f"precision.dtype={dtype}"] = reason

@@ -179,9 +179,9 @@ def place(process: dict[str, Any]) -> str:
     )
 
 
-def slow_ones(values: Sequence[float], share: float = SLOW_SHARE) -> list[int]:
-    """Places of the values that lie below `share` of the median."""
-    limit = share * statistics.median(values)
+def slow_ones(values: Sequence[float]) -> list[int]:
+    """Indices of the values below `SLOW_SHARE` of the median."""
+    limit = SLOW_SHARE * statistics.median(values)
     return [index for index, value in enumerate(values) if value < limit]
 
 

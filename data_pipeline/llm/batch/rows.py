@@ -33,7 +33,6 @@ class RowReader:
     def __init__(self, members: Mapping[str, Member], reader: AnswerReader) -> None:
         self.members = members
         self._reader = reader
-        self._answered: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._seen: set[str] = set()
         self._before: set[str] = set()

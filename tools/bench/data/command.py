@@ -202,6 +202,7 @@ def _measure(tool: Tool, request: dict[str, Any], work: Path) -> dict[str, Any]:
     if done.returncode != 0 or not result.is_file():
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise RunError(f"{tool.measure}: {last[0]}")
+    sys.stderr.write(done.stderr)  # warnings
     values: dict[str, Any] = json.loads(result.read_bytes())
     return values
 

@@ -219,12 +219,12 @@ class _Produced(torch.autograd.Function):
     """A tensor that an operation before has just made, without the cost of making it."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
         """Memory of `leaf` under a tensor with a history, which may be written over."""
         return torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(leaf.detach())  # type: ignore[call-overload, no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Pass the gradient on."""
         return grad
 

@@ -242,7 +242,7 @@ def run_worker(
     path, result = work / "request.json", work / "result.json"
     result.unlink(missing_ok=True)
     path.write_text(json.dumps(request | {"result": str(result)}), encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", "-m", "tools.bench.train.worker", str(path)]
+    command = [sys.executable, "-m", "tools.bench.train.worker", str(path)]
     environment = child_environment() | {"MEGAPHI_KERNELS": configuration.kernels}
     process = subprocess.Popen(
         command,
@@ -267,6 +267,7 @@ def run_worker(
         expected = problem == "out of memory" or problem.startswith("failed: ValueError")
         return {"problem": problem, "crashed": not expected, "stderr": lines[-30:]}
     values: dict[str, Any] = json.loads(result.read_bytes())
+    sys.stderr.write(errors)  # warnings
     losses = [*values["warmup_losses"], *values["losses"]]
     if not all(map(math.isfinite, losses)):
         return values | {"problem": "a loss is not finite", "nonfinite": True}

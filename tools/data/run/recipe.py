@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     for (key_node, _), key in zip(node.value, keys, strict=True):
         if keys.count(key) > 1 and key != "<<":
             raise ValueError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
