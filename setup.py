@@ -34,7 +34,7 @@ setup(
         "torch>=2.11",
         "numpy>=1.26",
         "pyyaml>=6",
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.53",
         "safetensors>=0.5",
         "fsspec",
         "tokenizers>=0.21",

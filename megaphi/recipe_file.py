@@ -34,6 +34,7 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     parser = jsonargparse.ArgumentParser(
         prog="megaphi train",
         exit_on_error=False,
+        print_config=None,
         description="Train a recipe; every key of the recipe can be given as an option.",
     )
     parser.add_argument("recipe", nargs="?", help="recipe file (YAML)")
@@ -51,7 +52,7 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     _check_option_names(words)
     try:
         parsed = parser.parse_args(words)
-        sections = parser.instantiate_classes(parsed)
+        sections = parser.instantiate(parsed)
     except jsonargparse.ArgumentError as error:
         raise ValueError(_plain_message(str(error))) from error
     return Recipe(**{s.name: sections[s.name] for s in dataclasses.fields(Recipe)})

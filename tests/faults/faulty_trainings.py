@@ -112,7 +112,7 @@ def stopped(argv: list[str]) -> int:
 
     if _rank() == plan["rank"]:
         _at(plan["point"], plan["step"], stop)
-    return train.run(argv)
+    return train.main(argv)
 
 
 def interpreter_stuck(argv: list[str]) -> int:
@@ -164,7 +164,7 @@ def signalled(argv: list[str]) -> int:
 
     if _rank() in plan["ranks"]:
         _at(plan["point"], plan["step"], ask)
-    return train.run(argv)
+    return train.main(argv)
 
 
 def nonfinite(argv: list[str]) -> int:
@@ -191,7 +191,7 @@ def nonfinite(argv: list[str]) -> int:
     if _rank() == plan["rank"]:
         Engine.forward_backward = with_fault
         Engine.to_differentiate = spoiled
-    return train.run(argv)
+    return train.main(argv)
 
 
 def spiking(argv: list[str]) -> int:
@@ -238,7 +238,7 @@ def spiking(argv: list[str]) -> int:
             return die() if self.records else original(self)
 
         setattr(Rewinds, name, killed)
-    return train.run(argv)
+    return train.main(argv)
 
 
 def flipped(argv: list[str]) -> int:
@@ -278,7 +278,7 @@ def flipped(argv: list[str]) -> int:
             _before(Trainer, "check_replicas", before_check)
         else:
             _before(Trainer, "train_step", before_step)
-    return train.run(argv)
+    return train.main(argv)
 
 
 def copies_of_four(_: list[str]) -> int:
@@ -322,7 +322,7 @@ def failed_save(argv: list[str]) -> int:
 
     _before(Trainer, "train_step", wait)
     with before_tensor_writes(refused):
-        return train.run(argv)
+        return train.main(argv)
 
 
 def unread(argv: list[str]) -> int:
@@ -331,4 +331,4 @@ def unread(argv: list[str]) -> int:
     for stream in (1, 2):
         os.dup2(writing, stream)
     os.close(reading)
-    return train.run(argv)
+    return train.main(argv)

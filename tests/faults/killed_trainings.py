@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     plan = json.loads(argv[0])
     if int(os.environ["RANK"]) in plan["ranks"]:
         _arm(plan)
-    return train.run(plan["options"])
+    return train.main(plan["options"])
 
 
 def _arm(plan: dict[str, Any]) -> None:

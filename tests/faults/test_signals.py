@@ -158,7 +158,7 @@ def test_a_signal_before_the_trainer_is_made(
     monkeypatch.delitem(sys.modules, "megaphi.training.trainer")
     try:
         with pytest.raises(Preempted, match="step 1"):
-            train.run(["--train.steps=1", f"--train.run_dir={tmp_path}", "--data.train=tokens"])
+            train.main(["--train.steps=1", f"--train.run_dir={tmp_path}", "--data.train=tokens"])
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
