@@ -12,7 +12,7 @@ Bytes: with V x 2 bytes a bf16 row of logits, the kernel reads the row, reads it
 V = 51,200: from L2, where the rows in flight fit) and writes it. The unfused form holds the logits
 in fp32 and passes over them for the conversion, the maximum and the sum, the exponentials, and the
 conversion back: 20 bytes a logit and more, against 4 to 6. One buffer of [chunk_rows, V] logits
-serves all chunks, with no fp32 copy beside it: 0.42 GB at 4,096 x 51,200.
+serves all chunks, with no fp32 copy alongside it: 0.42 GB at 4,096 x 51,200.
 Gain over torch.compile: not measured yet.
 
 The bias gradient is PyTorch's column sum with fp32 accumulation: one further read of dz,

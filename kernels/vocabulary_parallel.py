@@ -7,7 +7,7 @@ Between the two, processes exchange m, s and t: 12 bytes a row. One program a ro
 one of the passes of `kernels.softmax`. All arithmetic is fp32.
 
 Bytes, with V x 2 a bf16 row of logits: read, then read and written, 6 a logit. The unfused form
-holds the logits in fp32 beside them and passes over these for the conversion, the maximum, the
+holds the logits in fp32 alongside them and passes over these for the conversion, the maximum, the
 exponentials, their sum, the quotient and the conversion back: 44 a logit. There is no fp32 copy:
 at tensor parallelism 2 and 4,096 rows a chunk that is 0.42 GB less.
 Gain over torch.compile: not measured yet.

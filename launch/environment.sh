@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv beside this folder once, and defines PYTHON.
+# Sourced by the other scripts: makes .venv alongside this folder once, and defines PYTHON.
 #
 # A torch of 2.11 or newer that the calling python already has (as on GPU images) is kept; else the
 # pinned build below is installed first, because a plain `pip install torch` would bring another.
@@ -26,7 +26,7 @@ make_environment() { # extras…: data, eval, test
     if [ ! -x "$PYTHON" ]; then
         "$base" -m venv "$VENV" ||
             { echo "could not make $VENV; is the venv module installed (python3-venv)?" >&2; exit 1; }
-        # where the calling python's torch lies, if it is new enough
+        # where the calling python's torch is, if it is new enough
         torch_dir="$("$base" - <<'END' || true
 try:
     import os, torch

@@ -8,7 +8,7 @@
 #   RESTARTS=N    start again up to N times after a crash or a hang (default: 3), but not when the
 #                 run got no further than the time before; each is recorded in restarts.jsonl
 #   EVALUATE=SUITE  score each checkpoint as it is published (humaneval, mbpp, FILE.jsonl) in a process
-#                 of its own beside the training, on EVALUATE_DEVICE (default: cpu)
+#                 of its own alongside the training, on EVALUATE_DEVICE (default: cpu)
 #   PYTHON=…      a python that has megaphi's requirements (default: .venv, made if it is not there)
 #
 # Exit status: the trainer's own, which torchrun would hide. 0 done, 1 failed, 2 wrong call,

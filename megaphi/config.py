@@ -102,7 +102,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How the model is spread over processes; the data-parallel size is whatever remains."""
+    """How the model is spread over processes; the data-parallel size is what is left."""
 
     tensor: int = 1
     """Processes that share each layer; rows between the blocks are cut over them too."""

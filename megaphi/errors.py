@@ -20,7 +20,7 @@ EXIT_INTERRUPTED = 130
 
 
 class RunError(RuntimeError):
-    """The call was right but the run cannot go on (exit 1): a corrupt file, a lost process."""
+    """The call was right but the run cannot continue (exit 1): a corrupt file, a lost process."""
 
 
 class TooManyRejects(RunError):

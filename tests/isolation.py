@@ -2,10 +2,10 @@
 
 import pytest
 
-from data_pipeline.sandbox.sandbox import Lane, Limits
+from data_pipeline.sandbox.sandbox import Limits, SandboxPair
 
 try:
-    Lane(Limits()).close()
+    SandboxPair(Limits()).close()
     NO_SANDBOX = ""
 except ValueError as error:
     NO_SANDBOX = str(error)

@@ -2,7 +2,7 @@
 
 A stratified sample is judged by one or more annotators, with canaries (documents whose score is
 known) in every batch. The output holds the sampled records with their scores in `quality`; a
-document without any usable score is rejected. `report.json` beside them says how far the
+document without any usable score is rejected. `report.json` alongside them says how far the
 annotators can be trusted: canaries, agreement, and labels that the text alone makes unlikely.
 """
 
@@ -106,7 +106,7 @@ class Annotation:
         )
 
     def records(self) -> Iterator[tuple[str, Record]]:
-        """Yield (position, record) of the sample; a record that lies in two places once."""
+        """Yield (position, record) of the sample; a record that is in two places once."""
         left = set(self.chosen)
         for where, record in read_records(self.directories):
             if record["id"] in left:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from data_pipeline.runner.options import Count, Engine, FilteredOutput, Form, Records
+from data_pipeline.runner.options import Count, EngineOptions, FilteredOutput, Form, Records
 
 SHORT_STATEMENT = 8  # words of the shortest statement that counts
 Rate = Annotated[float, "T"]
@@ -73,4 +73,4 @@ class DecontaminateRun:
     records: Records
     options: DecontaminateOptions
     output: FilteredOutput
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)

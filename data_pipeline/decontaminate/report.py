@@ -25,12 +25,12 @@ def write_reports(
         problems: the benchmarks.
         config: the stage's configuration.
     """
-    report = build_report([note for shard in notes for note in shard], problems, config)
+    report = _build_report([note for shard in notes for note in shard], problems, config)
     write_json(directory / REPORT_NAME, report)
     (directory / TEXT_NAME).write_text(report_text(report) + "\n", encoding="utf-8")
 
 
-def build_report(
+def _build_report(
     notes: list[dict[str, Any]], problems: Sequence[Problem], config: dict[str, Json]
 ) -> dict[str, Json]:
     """The report over all shards: counts, and for each benchmark the split at each tau."""

@@ -9,7 +9,7 @@ off unless a model is named: the distance of the embeddings of document and prob
 
 A document is rejected as `ngram`, as `embedding` or, at `drop_at`, as `ast`. A kept record with a
 match at the lowest tau gets `decon`: `{"hits": [{"bench", "task_id", "method", "score"}]}`, so that
-it can be pruned harder later without being compared again. `report.json` and `report.txt`, beside
+it can be pruned harder later without being compared again. `report.json` and `report.txt`, next to
 the parts, say for each tau how many problems have a near twin among all the documents read, and how
 many do not: the split of the paper's Table 3.
 """

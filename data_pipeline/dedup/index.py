@@ -1,4 +1,4 @@
-"""The index of deduplication: one row a document, in files of numpy arrays beside the output.
+"""The index of deduplication: one row a document, in files of numpy arrays alongside the output.
 
 Built part by part by the pool into `OUT.index.partial`, where a killed run finds the parts that
 were done. On the disk it has 512 bytes of signature, 8 bytes a band and about 80 other bytes a

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from data_pipeline.runner.options import Engine, FilteredOutput, Records
+from data_pipeline.runner.options import EngineOptions, FilteredOutput, Records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,4 +17,4 @@ class DedupRun:
     exact_only: bool = False
     """Look for equal texts alone."""
     output: FilteredOutput
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)

@@ -9,7 +9,7 @@ it only by way of others is a group of its own, from which the best is kept in i
 document is dropped for one that it is not near. A second pass writes the records.
 
 The others are rejected as `duplicate` or `near_duplicate`, naming what was kept. A kept record
-gets `dup`: `{"cluster": number, "size": documents}`. `clusters.jsonl`, beside the parts, has one
+gets `dup`: `{"cluster": number, "size": documents}`. `clusters.jsonl`, alongside the parts, has one
 line a cluster: its number, size, kept id, and for each dropped id the similarity to the kept one.
 
 Memory: about 100 bytes a document (digests or one band's keys, sorted, and the union-find), and the

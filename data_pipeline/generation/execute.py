@@ -1,7 +1,7 @@
 """The execute stage: exercises that do not run are taken out.
 
 Each record with the source `exercise` is run as a program of its own: its definitions, what stands
-beside them at the top level (such as assertions), and then the examples of its docstrings, which
+alongside them at the top level (such as assertions), and then the examples of its docstrings, which
 must print exactly what they show. All other records pass.
 
 The programs come from a language model, so they run in the sandbox. A program is told its own
@@ -25,13 +25,13 @@ from data_pipeline.runner.record_work import PartShard, broken_text, read_shard,
 from data_pipeline.runner.stage import Stage, Tally, Work
 from data_pipeline.sandbox.packages import Packages, find_packages
 from data_pipeline.sandbox.program_test import ProgramTest
-from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
+from data_pipeline.sandbox.sandbox import Limits, SandboxPair, describe_isolation
 
 VERSION = "2"
 SOURCE = "exercise"
 BATCH = 512  # programs that are handed over together
 ENTRY = "failed_examples"
-COUNT_NAME = "execution.json"  # beside the parts
+COUNT_NAME = "execution.json"  # alongside the parts
 # The test is ours and runs outside of the program's process.
 _TEST = ProgramTest(code=f"said = {ENTRY}()\nassert said == '', said\n", entry_point=ENTRY)
 # such as an exercise that replaces what the test calls, or one that waits for input
@@ -108,11 +108,11 @@ class SandboxRun:
         """The outcomes in the order of the programs."""
         if not programs:
             return []
-        lane = Lane(self.limits, isolate=self.isolate, packages=self.packages)
+        pair = SandboxPair(self.limits, isolate=self.isolate, packages=self.packages)
         try:
-            verdicts = [lane.judge(program, _TEST) for program in programs]
+            verdicts = [pair.judge(program, _TEST) for program in programs]
         finally:
-            lane.close()
+            pair.close()
         return [
             Ran(_STATUS.get(verdict.status, verdict.status), " ".join(verdict.error.split()))
             for verdict in verdicts
@@ -131,13 +131,13 @@ def execute_run(run: ExecuteRun, show: Show) -> Finished:
     isolate = not run.unsafe_no_sandbox
     given = None if run.package is None else [name for name in run.package if name]
     packages = find_packages(given)
-    lane = Lane(limits, isolate=isolate, packages=packages)  # can programs be run at all?
-    lane.close()
+    pair = SandboxPair(limits, isolate=isolate, packages=packages)  # can programs be run at all?
+    pair.close()
 
-    config = asdict(limits) | {"sandbox": isolate, "packages": lane.packages}
+    config = asdict(limits) | {"sandbox": isolate, "packages": pair.packages}
     planned = plan_execute(run.records, SandboxRun(limits, isolate, packages), config)
     done = run_planned(planned, run.output, run.engine, show, started=started)
-    isolation = describe_isolation(isolate, lane.packages)
+    isolation = describe_isolation(isolate, pair.packages)
     count = json.loads((out / COUNT_NAME).read_bytes())["exercises"]
     return Finished(
         done.result | {"exercises": count, "isolation": isolation},
@@ -176,7 +176,7 @@ def execute_shard(shard: _Shard, config: dict[str, Any], tally: Tally) -> Iterat
 
 
 def _write_count(directory: Path, notes: list[list[Json]]) -> None:
-    """Say beside the parts how many exercises there were: other documents are handed on."""
+    """Report next to the parts how many exercises there were: other documents are handed on."""
     write_json(directory / COUNT_NAME, {"exercises": sum(sum(each) for each in notes)})
 
 

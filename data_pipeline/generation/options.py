@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from data_pipeline.llm.options import Asking
 from data_pipeline.runner.options import (
     Count,
-    Engine,
+    EngineOptions,
     FilteredOutput,
     Form,
     Output,
@@ -107,7 +107,7 @@ class ExecuteRun:
     unsafe_no_sandbox: bool = False
     """Run model-written code with your own rights."""
     output: FilteredOutput
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if not (0 < self.timeout <= 3600 and self.memory_mib > 0):

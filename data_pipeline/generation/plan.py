@@ -186,7 +186,7 @@ def permuted(index: int, size: int, key: str) -> int:
     """Where a pseudo-random permutation of 0 to `size` - 1 takes `index`.
 
     A Feistel network on just enough bits, walked until it lands inside (Black and Rogaway, 2002):
-    nothing is listed, and a longer plan goes on where a shorter one of the same seed ends.
+    nothing is listed, and a longer plan continues where a shorter one of the same seed ends.
     """
     half = ((size - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1

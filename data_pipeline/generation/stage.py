@@ -340,7 +340,7 @@ def generate(
     report: dict[str, Json] = {}
 
     def finish(directory: Path, notes: list[list[Json]]) -> None:
-        """Say how the run went, beside the parts."""
+        """Report how the run went, next to the parts."""
         (written,) = notes[0]
         report.update(
             samples_planned=samples,

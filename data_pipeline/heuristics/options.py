@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from data_pipeline.runner.options import Engine, FilteredOutput, Records
+from data_pipeline.runner.options import EngineOptions, FilteredOutput, Records
 
 Treatment = Literal["redact", "reject", "keep"]
 TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
@@ -38,4 +38,4 @@ class HeuristicsRun:
     records: Records
     options: HeuristicsOptions = HeuristicsOptions()
     output: FilteredOutput
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)

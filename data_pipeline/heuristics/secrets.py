@@ -272,7 +272,7 @@ class _Searched:
     def __init__(self, text: str) -> None:
         self.text = text
         self._lowered = text.lower()
-        # A `solid` match lies within one of these, as `\s` and `str.split` agree on white space.
+        # A `solid` match is within one of these, as `\s` and `str.split` agree on white space.
         self._long_words = "\n".join([w for w in text.split() if len(w) >= LONG_WORD]).lower()
         self._found: dict[tuple[str, bool], bool] = {}
 

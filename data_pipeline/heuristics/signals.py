@@ -196,7 +196,7 @@ def _count(data: bytes, characters: bytes) -> int:
 
 
 def _encoded(words: list[str], longest_word: int) -> int:
-    """Characters in encoded runs; none holds white space, so each lies in one word."""
+    """Characters in encoded runs; none holds white space, so each is in one word."""
     if longest_word < _ENCODED_LENGTH:
         return 0
     return sum(_length(_ENCODED, word) for word in words if len(word) >= _ENCODED_LENGTH)

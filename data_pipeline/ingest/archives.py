@@ -9,7 +9,7 @@ are, and their names serve as text alone. What an archive can do to a reader is 
     encrypted         a member, or a whole archive, that needs a password
     compression       a method whose output cannot be bounded or read here
     nested_archive    an archive in an archive
-    unreadable        a member whose size or checksum lies; a damaged or incomplete archive
+    unreadable        a member whose size or checksum is wrong; a damaged or incomplete archive
     archive_bomb      the archive grew beyond `MAX_RATIO` times its size, or beyond another limit;
                       the rest of it is not read
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from data_pipeline.runner.options import Count, Engine, Form, PartsOutput
+from data_pipeline.runner.options import Count, EngineOptions, Form, PartsOutput
 
 PERMISSIVE = "permissive"  # the name of the shipped list
 Format = Literal["auto", "stack", "code-contests", "stackoverflow"]
@@ -92,4 +92,4 @@ class IngestRun:
     OWNER/NAME[:SPLIT] on the Hugging Face hub."""
     options: IngestOptions = IngestOptions()
     output: PartsOutput
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)

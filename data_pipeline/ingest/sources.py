@@ -120,7 +120,7 @@ def find_source(argument: str, name: str, exclude: Sequence[str] = ()) -> Source
 def _find_files(root: str, name: str, exclude: Sequence[str]) -> list[SourceFile]:
     """The files of a directory: its Python files, or if there are none its data files.
 
-    Beside Python files, data files are refused and not passed over: one script in a folder of
+    Alongside Python files, data files are refused and not passed over: one script in a folder of
     Parquet files must not pass for the whole folder.
     """
     found: list[SourceFile] = []
@@ -206,7 +206,7 @@ def check_outside(sources: Sequence[Source], out: Path) -> None:
         reads_data = any(file.kind != "python" and not file.refused for file in source.files)
         if reads_data and root.is_dir() and root.resolve() in (place, *place.parents):
             raise ValueError(
-                f"{out}: lies in {printable(source.argument)}, whose data files are read: the next "
+                f"{out}: is in {printable(source.argument)}, whose data files are read: the next "
                 "run would read these records again; choose an `out` elsewhere"
             )
 

@@ -130,7 +130,7 @@ def plan_ingest(
     Raises:
         FileNotFoundError: a source, or a list of licences or repositories, does not exist.
         ValueError: a source or list cannot be used; the first row of a data file lacks the text
-            field; a source is not of the format asked for; `out` lies in a folder of data files.
+            field; a source is not of the format asked for; `out` is in a folder of data files.
     """
     sources = [
         find_source(argument, name, options.exclude)
@@ -163,7 +163,7 @@ def plan_ingest(
 
 
 def _write_counts(directory: Path, notes: list[list[Json]]) -> None:
-    """Put the counts of the posts of Stack Exchange dumps beside the parts."""
+    """Put the counts of the posts of Stack Exchange dumps alongside the parts."""
     counts = [note for shard in notes for note in shard]
     if counts:
         write_json(directory / "posts.json", counts)

@@ -17,7 +17,7 @@ from data_pipeline.llm.completion import Bounds, Request
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Answer, CostCapReached, Ledger
 from data_pipeline.llm.limiter import Limiter
-from data_pipeline.llm.options import Policy
+from data_pipeline.llm.options import RetryPolicy
 from megaphi.errors import RunError
 
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each
@@ -31,7 +31,7 @@ PARAMETERS = (
 )
 
 
-def wait_before_retry(policy: Policy, attempt: int, error: CallError) -> float:
+def wait_before_retry(policy: RetryPolicy, attempt: int, error: CallError) -> float:
     """Seconds to wait after failed attempt number `attempt`, counted from 0."""
     if error.retry_after is not None:
         # A little later than the server says, so that waiting requests do not all come at once.
@@ -106,7 +106,9 @@ class Asker:
         cap_message: why asking ended early, "" when it did not.
     """
 
-    def __init__(self, client: Client, ledger: Ledger, limiter: Limiter, policy: Policy) -> None:
+    def __init__(
+        self, client: Client, ledger: Ledger, limiter: Limiter, policy: RetryPolicy
+    ) -> None:
         self._client = client
         self._ledger = ledger
         self._limiter = limiter
@@ -165,7 +167,7 @@ class Asker:
                     except Overcharged:
                         return
                 hand_over()
-                # What lies behind a request that takes long must not pile up.
+                # What comes after a request that takes long must not pile up.
                 while number - following > READ_AHEAD * in_flight and not self._is_over:
                     await asyncio.sleep(0.05)
                 if ended or self._is_over:

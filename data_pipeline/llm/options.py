@@ -78,7 +78,7 @@ class Money:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class RetryPolicy:
     """What to do when the server fails."""
 
     attempts: Count = 6
@@ -140,7 +140,7 @@ class Sending:
     """Requests at a time."""
     deadline: Seconds = 300.0
     """Seconds that one answer may take."""
-    retries: Policy = Policy()
+    retries: RetryPolicy = RetryPolicy()
     batch_api: Batching = Batching()
 
     def __post_init__(self) -> None:

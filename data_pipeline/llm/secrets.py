@@ -116,7 +116,7 @@ def _forms(secret: Secret) -> Iterator[str]:
     yield data.hex()
     for offset in range(3):
         # The Base64 of a text that holds the key: the characters at both ends also depend on
-        # what stands beside the key.
+        # what stands alongside the key.
         padded = b"\0" * offset + data
         whole = len(padded) - len(padded) % 3
         start = (offset * 8 + 5) // 6

@@ -6,7 +6,7 @@ of the scores is compared with that of the training sample; a second pass writes
 
 Each record gets `quality`: `{"score": probability, "filter": digest}`; what an annotator said of it
 moves to `quality.annotation`. Rejects are `low_score`, with score and threshold, and `no_score`
-where the features are not finite. `drift.json` lies beside the parts.
+where the features are not finite. `drift.json` is alongside the parts.
 
 Memory: about 40 bytes a document. Output does not depend on the number of workers.
 """
@@ -96,7 +96,7 @@ def load_filter(directory: Path, model: Path | None = None) -> Filter:
 
     Args:
         directory: as `megaphi data train-filter` made it.
-        model: where the embedding model lies now; None for where it lay at the training.
+        model: where the embedding model is now; None for where it was at the training.
 
     Raises:
         FileNotFoundError: there is no filter, or no model.

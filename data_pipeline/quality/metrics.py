@@ -103,7 +103,7 @@ def drift(reference: dict[str, list[float]], scores: Scores) -> dict[str, Json]:
 
     Half a document is added to each bin, so that an empty one has a logarithm. Samples that were
     drawn from one distribution give about (bins - 1) (1 / n + 1 / m), `expected`: the verdict is
-    about what lies above it. Where that alone is as much as a drift, nothing can be told.
+    about what is above it. Where that alone is as much as a drift, nothing can be told.
 
     Returns:
         `psi`, `expected`, `verdict` (`stable`, `shift`, `drift`, `too few to tell`), and `bins`

@@ -7,7 +7,7 @@ from typing import Annotated
 from data_pipeline.annotation.canaries import GOOD_FROM
 from data_pipeline.runner.options import (
     Count,
-    Engine,
+    EngineOptions,
     FilteredOutput,
     Form,
     Output,
@@ -57,7 +57,7 @@ class TrainFilterRun:
     """The corpus to be filtered: texts are taken from here, by record id."""
     options: TrainingOptions = TrainingOptions()
     output: Output
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,4 +100,4 @@ class FilterRun:
     """Where the filter's embedding model is now."""
     options: Selection
     output: FilteredOutput
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)

@@ -268,7 +268,7 @@ def _gather(
         for place, (name, text_hash, source) in enumerate(result["found"]):
             if text_hash != labels[name][1]:
                 raise _two_texts(name, f"{task.shard.directory / task.shard.part.name}")
-            if name in seen:  # a document that lies in two of the directories counts once
+            if name in seen:  # a document that is in two of the directories counts once
                 continue
             seen.add(name)
             new.append(place)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from data_pipeline.runner.options import Count, Engine, Form, Output, Records
+from data_pipeline.runner.options import Count, EngineOptions, Form, Output, Records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class ReportRun:
     examples: Count = 200
     """Documents of each corpus to quote."""
     output: Output
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if self.examples < 1:

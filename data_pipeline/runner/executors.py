@@ -5,7 +5,7 @@ the work directory, and shards that are done are not run again. An `Executor` de
 others this process runs, and where. The output is the same to the byte whatever the executor, the
 number of workers, and how often any of them was killed.
 
-On several machines the work directory, which lies beside the output, must be in a file system that
+On several machines the work directory, which is alongside the output, must be in a file system that
 all of them share under the same path, with locks (`flock`) that hold across machines.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from data_pipeline.runner.options import Engine
+from data_pipeline.runner.options import EngineOptions
 from data_pipeline.runner.output import WorkDirectory
 from data_pipeline.runner.pool import run_tasks
 
@@ -146,7 +146,7 @@ class PlanExecutor:
         raise AssertionError("a plan runs nothing")
 
 
-def executor_of(engine: Engine) -> Executor:
+def executor_of(engine: EngineOptions) -> Executor:
     """The executor that the options ask for.
 
     Raises:

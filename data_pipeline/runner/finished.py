@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipeline.records.record import Json
 from data_pipeline.runner.executors import executor_of
-from data_pipeline.runner.options import Engine, PartsOutput
+from data_pipeline.runner.options import EngineOptions, PartsOutput
 from data_pipeline.runner.output import Manifest
 from data_pipeline.runner.stage import Options, Stage, Work, run_stage
 
@@ -29,7 +29,7 @@ class Finished:
 
 
 def run_options(
-    output: PartsOutput, engine: Engine, show: Show, libraries: tuple[str, ...] = ()
+    output: PartsOutput, engine: EngineOptions, show: Show, libraries: tuple[str, ...] = ()
 ) -> Options:
     """How `run_stage` is to run a stage, as the user's options say."""
     return Options(
@@ -44,7 +44,7 @@ def run_options(
 def run_planned(
     planned: tuple[Stage, Work],
     output: PartsOutput,
-    engine: Engine,
+    engine: EngineOptions,
     show: Show,
     *,
     libraries: tuple[str, ...] = (),

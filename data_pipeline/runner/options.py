@@ -106,7 +106,7 @@ class Where:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine(Where):
+class EngineOptions(Where):
     """Where shards run; the output does not depend on it."""
 
     submit: bool = False

@@ -52,7 +52,7 @@ class PartFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a stage did, kept as `manifest.json` beside its output.
+    """What a stage did, kept as `manifest.json` alongside its output.
 
     Attributes:
         stage: name of the stage.
@@ -103,7 +103,7 @@ class Manifest:
 def stage_key(
     stage: str, version: str, config: Json, seed: int | None, inputs: list[dict[str, Json]]
 ) -> str:
-    """Digest of what determines a stage's output; where an input lies does not count."""
+    """Digest of what determines a stage's output; the path of an input does not count."""
     contents = [{k: v for k, v in entry.items() if k != "path"} for entry in inputs]
     return digest([stage, version, config, seed, contents])
 
@@ -194,7 +194,7 @@ class WorkDirectory:
         path: the directory, created when missing.
         plan: digest of what is being built. A directory left by a killed run of the same plan is
             taken over (`resumed` is true), one of any other plan is emptied.
-        shared: work on some shards of a plan that was begun by another process, beside others.
+        shared: work on some shards of a plan that was begun by another process, alongside others.
             The lock is shared, and nothing is emptied.
 
     Raises:
@@ -266,7 +266,7 @@ class WorkDirectory:
             shutil.rmtree(aside)
 
     def shard_directory(self, index: int) -> Path:
-        """Where shard `index` lies once it is done."""
+        """Where shard `index` is once it is done."""
         return self.path / SHARDS_NAME / f"{index:05d}"
 
     def finished(self, index: int) -> dict[str, Any] | None:

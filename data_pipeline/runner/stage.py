@@ -191,7 +191,7 @@ class Work:
         prepare: called before the first shard, by the one process that holds the output's lock,
             and not when a finished output is reused.
         finish: called with the work directory and each shard's `Tally.notes`, in order, before
-            the output is published; it may put reports beside the parts.
+            the output is published; it may put reports alongside the parts.
         check: called with the directories of all shards once they are done; may refuse to go on.
     """
 
@@ -250,7 +250,7 @@ def run_stage(stage: Stage, work: Work, out: Path, options: Options) -> tuple[Ma
 
     Raises:
         ValueError: `out` holds something else and `overwrite` is not set.
-        TooManyRejects: more than `max_reject` was refused; the output lies in `OUT.rejected`.
+        TooManyRejects: more than `max_reject` was refused; the output is in `OUT.rejected`.
         RunError: nothing was kept, a document is unaccounted for, or a worker died.
         ShardsLeft: the executor leaves shards to others.
     """

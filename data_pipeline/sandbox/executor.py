@@ -1,4 +1,4 @@
-"""Judges many programs on several lanes at once; those that stalled once more, one at a time."""
+"""Judges many programs in pairs of sandboxes; those that stalled once more, one at a time."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from data_pipeline.sandbox.packages import NO_PACKAGES, Packages
 from data_pipeline.sandbox.program_test import ProgramTest
-from data_pipeline.sandbox.sandbox import Lane, Limits, Verdict
+from data_pipeline.sandbox.sandbox import Limits, SandboxPair, Verdict
 
 Key = TypeVar("Key")
 
@@ -63,13 +63,13 @@ def judge_all(
     """Judge programs; the verdicts come in the order in which they are reached.
 
     A program that waited until it was stopped is judged again when all others are done, alone, so
-    that the verdict does not depend on how many lanes there are.
+    that the verdict does not depend on how many workers there are.
 
-    Closing the iterator early stops the lanes after their present program.
+    Closing the iterator early stops the workers after their present program.
 
     Args:
         programs: key, source text and test of each.
-        workers: lanes, each a thread with two sandboxes.
+        workers: threads, each with a pair of sandboxes.
         limits: for each program.
         isolate: False runs without a sandbox.
         packages: what programs and tests may import.
@@ -105,15 +105,15 @@ def _judge_each(
     stopped = threading.Event()
 
     def work() -> None:
-        # the kernel ends a sandbox with the thread that started it, so the lane begins here
+        # the kernel ends a sandbox with the thread that started it, so the pair is started here
         try:
-            lane = Lane(limits, isolate=isolate, packages=packages)
+            pair = SandboxPair(limits, isolate=isolate, packages=packages)
             try:
                 while not stopped.is_set():
                     number, (_, text, test) = waiting.get_nowait()
-                    done.put((number, lane.judge(text, test)))
+                    done.put((number, pair.judge(text, test)))
             finally:
-                lane.close()
+                pair.close()
         except queue.Empty:
             done.put(None)
         except BaseException as error:

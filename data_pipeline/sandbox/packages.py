@@ -1,6 +1,6 @@
 """Installed packages that programs in the sandbox may import, besides the standard library.
 
-A package is what its distribution has installed beside each other in one folder, with what it
+A package is what its distribution has installed in one folder, with what it
 requires in turn where that is installed too. The sandbox sees these entries and nothing else of the
 folder, read-only.
 """

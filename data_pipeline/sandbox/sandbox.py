@@ -1,9 +1,9 @@
 """Isolation for generated programs, from the outside: bubblewrap around warm Python processes.
 
-A lane is two sandboxes: one runs candidates, the other the tests. Each is a bubblewrap with
-namespaces of its own for users, processes, mounts, network, IPC and host name; a root of a
-few read-only folders (the C library, one Python) and an empty environment; an unprivileged user,
-also when root starts it; no way to make further user namespaces. `zygote.py` then forks a
+Programs are judged in two sandboxes: one runs candidates, the other the tests. Each is a
+bubblewrap with namespaces of its own for users, processes, mounts, network, IPC and host name; a
+root of a few read-only folders (the C library, one Python) and an empty environment; an
+unprivileged user, also when root starts it; no way to make further user namespaces. `zygote.py` then forks a
 further isolated child for every program. What isolation cannot be had is an error, never a silent
 step down.
 
@@ -289,7 +289,7 @@ class Verdict:
     """Processor time of the program."""
 
 
-class Lane:
+class SandboxPair:
     """Judges programs one at a time, each in fresh processes.
 
     Args:

@@ -97,7 +97,7 @@ def _hash_runs(
 
 
 def hash_shingles(words: Words, size: int) -> tuple[U64, NDArray[np.int64]]:
-    """Hash each run of `size` words that lies within one document.
+    """Hash each run of `size` words that is within one document.
 
     A document of fewer words, but at least one, has one shingle: all of them.
 

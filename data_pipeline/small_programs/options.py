@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from data_pipeline.runner.options import Count, Engine, Form, PartsOutput, Seed, Share
+from data_pipeline.runner.options import Count, EngineOptions, Form, PartsOutput, Seed, Share
 
 Kind = Literal["exercises", "textbooks", "suite"]
 WorldName = Literal["quickstart", "figure", "full"]
@@ -147,7 +147,7 @@ class ComposeRun:
 
     options: ComposeOptions
     output: ComposeOutput
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if self.options.kind == "suite":

@@ -1,4 +1,4 @@
-"""Join token files, and the provenance and tokenizer beside them, into one."""
+"""Join token files, and the provenance and tokenizer alongside them, into one."""
 
 import glob
 import json
@@ -51,7 +51,7 @@ def merge_tokens(
 
     Returns:
         The description of the result (None when no source has one), whether there is a provenance
-        file, which needs one beside every source, and whether the finished result of the same
+        file, which needs one alongside every source, and whether the finished result of the same
         sources was there already.
 
     Raises:
@@ -91,7 +91,7 @@ def _merge(
         if has_table:
             target.parent.mkdir(parents=True, exist_ok=True)
             _join_tables(prefixes, tables, joined)
-        # gone before the new description comes: beside it they are the new ones
+        # gone before the new description comes: alongside it they are the new ones
         target.unlink(missing_ok=True)
         shutil.rmtree(tokenizer_path(out), ignore_errors=True)
         info = merge_token_files(prefixes, out)

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from data_pipeline.runner.options import (
     Count,
-    Engine,
+    EngineOptions,
     Form,
     Output,
     PrefixOutput,
@@ -32,7 +32,7 @@ class TokenizeRun:
     shuffle: bool = True
     """Shuffle the documents; else they keep the order of the records."""
     output: PrefixOutput
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if not 0 <= self.shuffle_seed < 2**32:

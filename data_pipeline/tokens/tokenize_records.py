@@ -96,7 +96,7 @@ def documents_path(prefix: str | Path) -> Path:
 
 
 def tokenizer_path(prefix: str | Path) -> Path:
-    """The copy of the tokenizer beside a token file."""
+    """The copy of the tokenizer alongside a token file."""
     return Path(f"{prefix}.tokenizer")
 
 
@@ -226,7 +226,7 @@ def _reusable(
         return None
     info = read_info(prefix)
     if info is None:
-        # A run that was killed while it published leaves its work directory beside its files.
+        # A run that was killed while it published leaves its work directory alongside its files.
         unfinished = (partial / LOCK_NAME).exists()
         if unfinished or not any(path.exists() for path in token_file_paths(prefix)):
             return None

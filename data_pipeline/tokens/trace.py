@@ -1,7 +1,7 @@
 """Which documents came from where: for requests to remove a repository, and for audits.
 
 The answer comes from the provenance that every stage hands on: in a records directory from the
-records themselves, for a token file from `PREFIX.documents.jsonl` beside it, whose lines say in
+records themselves, for a token file from `PREFIX.documents.jsonl` alongside it, whose lines say in
 which order the documents lie in `PREFIX.bin`.
 """
 

@@ -3,7 +3,7 @@
 Save: every process writes its shards into a hidden directory and hashes the bytes as they pass;
 main adds the small files and the manifest and renames the directory; the new checkpoint is read
 back and verified before `latest` names it and an old one is dropped. All of this may happen on a
-thread, from a snapshot, while training goes on: one save at a time, and the next waits for it.
+thread, from a snapshot, while training continues: one save at a time, and the next waits for it.
 Load: the newest checkpoint that verifies is used, a damaged one is set aside with a message, and
 if none is left the run stops: it never starts from random weights by accident. What is there, and
 what it says, is for main alone to decide: another host may see the directory a little later.

@@ -1,6 +1,6 @@
 """What a checkpoint and a run must agree in before one continues the other.
 
-What is refused and what is only said is listed in `megaphi.checkpoint.drift`.
+What is refused and what is only reported is listed in `megaphi.checkpoint.drift`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -132,7 +132,7 @@ STATE_KEYS = (
     "token_file_dates",
     "environment",
 )
-"""What the trainer saves beside the tensors."""
+"""What the trainer saves alongside the tensors."""
 
 
 def check_state(state: dict[str, Any], recipe: Recipe, directory: Path) -> None:

@@ -73,7 +73,7 @@ class Staging:
 
 
 class _SnapshotPlanner(DefaultSavePlanner):
-    """Plans by the tensors that training goes on with, and takes their data from a snapshot."""
+    """Plans by the tensors that training continues with, and takes their data from a snapshot."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ class TokenFileError(RunError):
 
 
 class TokenFilePaths(NamedTuple):
-    """The files of one prefix: tokens, index, and the optional description beside them."""
+    """The files of one prefix: tokens, index, and the optional description alongside them."""
 
     bin: Path
     idx: Path
@@ -248,7 +248,7 @@ class IndexedDataset:
 class IndexedDatasetWriter:
     """Writes a token file; use as a context manager.
 
-    Both files get temporary names beside the final ones. A clean exit publishes them, `.idx` last;
+    Both files get temporary names next to the final ones. A clean exit publishes them, `.idx` last;
     an exception removes them and leaves files of an earlier build untouched. A killed process
     leaves temporary files only. Counts and index live in compact arrays: 12 bytes a sequence.
 

@@ -47,7 +47,7 @@ def token_file_prefixes(recipe: Recipe) -> list[str]:
 
 
 def check_token_files(recipe: Recipe) -> dict[str, TokenFileInfo]:
-    """Compare what stands beside the token files with the model and with each other.
+    """Compare what stands alongside the token files with the model and with each other.
 
     Returns:
         The sidecar of each prefix that has one (files written by Megatron have none).
@@ -82,7 +82,7 @@ def end_of_document(recipe: Recipe, infos: dict[str, TokenFileInfo]) -> int | No
 
     Args:
         recipe: the recipe.
-        infos: what `check_token_files` found beside its token files.
+        infos: what `check_token_files` found alongside its token files.
 
     Raises:
         ValueError: a token file does not say which id it is, or they differ.

@@ -1,4 +1,4 @@
-"""`<prefix>.json` beside a token file: what tokenizer and recipe made it, and its hashes.
+"""`<prefix>.json` alongside a token file: what tokenizer and recipe made it, and its hashes.
 
 Megatron ignores the file, and token files without it are legal; with it, training can refuse a
 tokenizer that does not fit, and a copy that went wrong can be told from the original. Merging and
@@ -223,7 +223,7 @@ def _tokenizer(info: TokenFileInfo | None) -> tuple[str, int, int] | None:
 
 def _describe(info: TokenFileInfo | None) -> str:
     if info is None:
-        return "an unknown tokenizer (no .json beside it)"
+        return "an unknown tokenizer (no .json alongside it)"
     return (
         f"tokenizer {info.tokenizer} {info.tokenizer_sha256[:12]} "
         f"({info.vocab_size} ids, EOD {info.eod_id})"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from megaphi.config import Model
-    from megaphi.formats.agreement import Agreement
+    from megaphi.formats.logit_comparison import LogitComparison
     from megaphi.formats.model_card import Score
     from megaphi.formats.provenance import Provenance
     from megaphi.formats.weights import CheckpointWeights
@@ -70,7 +70,7 @@ def export_hugging_face(
     dtype = DTYPE_NAMES[dtype_name] if dtype_name else _common_dtype(weights)
     provenance = read_provenance(directory)
     scores = _scores(directory, provenance, score_dirs)
-    agreement = None
+    comparison = None
     with partial_directory(out_dir) as work:
         stream = exported(weights, weights.config, dtype)
         written = write_shards(work, stream, max_bytes=max_bytes, metadata={"format": "pt"})
@@ -84,7 +84,7 @@ def export_hugging_face(
         _write_configs(work, weights.config, dtype, end_of_text)
         _write_card(work, weights.config, dtype, provenance, scores, license_id, name, out_dir)
         if verify:
-            agreement = _verify_export(work, weights, dtype)
+            comparison = _verify_export(work, weights, dtype)
     return {
         "source": str(directory),
         "out": str(out_dir),
@@ -95,7 +95,7 @@ def export_hugging_face(
         "tokenizer": tokenizer_dir is not None,
         "scores": len(scores),
         "verified": verify,
-        "logits": asdict(agreement) if agreement is not None else None,
+        "logits": asdict(comparison) if comparison is not None else None,
     }
 
 
@@ -160,16 +160,16 @@ def _scores(directory: Path, provenance: "Provenance", score_dirs: Sequence[Path
 
 def _verify_export(
     directory: Path, weights: "CheckpointWeights", dtype: "torch.dtype"
-) -> "Agreement":
+) -> "LogitComparison":
     """Compare a written directory with its source: every bit, then the logits.
 
     Raises:
         RunError: names the tensor that differs.
     """
     from megaphi.errors import RunError
-    from megaphi.formats.agreement import compare_logits, fixed_prompt
     from megaphi.formats.files import read_header, same_bits
     from megaphi.formats.hf import HuggingFaceWeights, exported
+    from megaphi.formats.logit_comparison import compare_logits, fixed_prompt
 
     written = {
         stored.name: stored
@@ -184,13 +184,13 @@ def _verify_export(
         raise RunError(f"{next(iter(written))} was written but is not in {weights.directory}")
     # read through the whole way back: names, grouping and config.json
     tokens = fixed_prompt(weights.config)
-    agreement = compare_logits(weights, HuggingFaceWeights(directory), tokens)
-    if weights.dtypes == {dtype} and not agreement.max_difference == 0.0:
+    comparison = compare_logits(weights, HuggingFaceWeights(directory), tokens)
+    if weights.dtypes == {dtype} and not comparison.max_difference == 0.0:
         raise RunError(
-            f"{directory}: its logits differ by {agreement.max_difference:.3g} from those of "
+            f"{directory}: its logits differ by {comparison.max_difference:.3g} from those of "
             f"{weights.directory}, though every bit was written"
         )
-    return agreement
+    return comparison
 
 
 def _write_configs(

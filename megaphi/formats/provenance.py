@@ -1,4 +1,4 @@
-"""Where a model comes from, as far as its directory and the token files beside it can say."""
+"""Where a model comes from, as far as its directory and the token files alongside it can say."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

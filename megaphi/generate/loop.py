@@ -22,7 +22,7 @@ _BUNCH_ON_GPU = 16
 
 
 class Settings(TypedDict, total=False):
-    """What may be set beside the model, the prompts and `max_new_tokens`."""
+    """What may be set alongside the model, the prompts and `max_new_tokens`."""
 
     temperature: float
     """0 (the default) takes the most probable token, otherwise logits are divided by it."""

@@ -2,7 +2,7 @@
 
 Convention of PaLM (arXiv 2204.02311, appendix B) as used by Megatron-LM and llm-foundry: a
 multiply-add is 2 FLOPs, the backward pass costs twice the forward pass, recomputation does not
-count. Attention is counted in full; the causal half is given beside it.
+count. Attention is counted in full; the causal half is given alongside it.
 """
 
 import torch

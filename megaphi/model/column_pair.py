@@ -1,8 +1,8 @@
-"""Where a block begins under tensor parallelism: collectives that run beside matrix products.
+"""Where a block begins under tensor parallelism: collectives that run alongside matrix products.
 
 `qkv` and `fc1` read the same rows, of which each process has a part, so that one function for both
 needs one all-gather where a pair of layers needs two, and one reduce-scatter of the sum of both
-gradients. What runs beside what, with X the rows of all processes:
+gradients. What runs alongside what, with X the rows of all processes:
 
     forward   all-gather of X            | products of this process's own rows
     backward  all-gather of X, again     | dX = dY1 W1 + dY2 W2 (the second adds onto the first)
@@ -29,7 +29,7 @@ from megaphi.parallel.tensor import TensorAxis, finished, local
 
 @dataclass(frozen=True)
 class Overlap:
-    """Whether the collectives of a block's begin run beside its products, and why."""
+    """Whether the collectives of a block's begin run alongside its products, and why."""
 
     enabled: bool
     reason: str
@@ -50,7 +50,7 @@ def choose_overlap(parallel: Parallel, fp8_layers: Sequence[str]) -> Overlap:
     if parallel.pipeline > 1 and parallel.pipeline_schedule in ("interleaved-zero-bubble", "zbv"):
         # they ask for the gradients of inputs and of weights one after the other: everything twice
         return Overlap(False, f"off, {parallel.pipeline_schedule} splits the backward pass")
-    return Overlap(True, "all-gather and reduce-scatter beside the products of qkv and fc1")
+    return Overlap(True, "all-gather and reduce-scatter alongside the products of qkv and fc1")
 
 
 class BlockInput:

@@ -79,7 +79,7 @@ def fp32_weight_gradient(weight: Tensor, grad_nm: Tensor, x_nk: Tensor) -> Tenso
 
 
 def as_placed(part: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that lies on the tensor axis as `like` does."""
+    """This process's part of a tensor that is laid out on the tensor axis as `like` is."""
     if not isinstance(like, DTensor):
         return part
     placed: Tensor = DTensor.from_local(part, like.device_mesh, like.placements, run_check=False)

@@ -3,9 +3,9 @@
 A sequence is cut into 2 x size chunks, of which process r holds chunk r and chunk 2 size - 1 - r:
 under a causal mask a late chunk sees many keys and an early one few, and any such pair sees equally
 many. Everything but the attention works on tokens one by one. Keys and values are gathered rather
-than passed around a ring (Llama 3, arXiv 2407.21783, section 3.3.2): their size is small beside the
-attention's work, and any attention kernel serves, since the last query of a chunk stands at the
-last key that it is given.
+than passed around a ring (Llama 3, arXiv 2407.21783, section 3.3.2): their size is small
+compared with the attention's work, and any attention kernel serves, since the last query of a chunk
+stands at the last key that it is given.
 
 Suffixes: b batch, t time (this process's part), s time (whole), h heads, k elements of a head.
 """

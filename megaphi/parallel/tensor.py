@@ -4,7 +4,7 @@ Between blocks each process of the tensor axis holds a part of the rows (tokens)
 rows and a part of the heads and of the MLP's inner width. A block of phi adds attention and MLP to
 the residual stream at once, so it needs one all-gather where it begins and one reduce-scatter where
 it ends, and the same again in the backward pass: half of what a serial block needs. Which of them
-run beside matrix products is in `megaphi.model.column_pair`.
+run alongside matrix products is in `megaphi.model.column_pair`.
 
 Rows are the flattened [b, t], cut into equal contiguous parts, so that gathering them needs no
 copy; nothing outside of the attention cares where a sequence begins.

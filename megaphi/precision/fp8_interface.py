@@ -66,5 +66,5 @@ class Fp8:
         """
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside weights and moments, equal on all processes."""
+        """What a checkpoint must hold alongside weights and moments, equal on all processes."""
         return {}

@@ -3,7 +3,7 @@
     python -m megaphi.resilience.restarts begin RECIPE [--section.key=value …]
     python -m megaphi.resilience.restarts decide ATTEMPT LIMIT STATUS REACHED RECIPE […]
 
-`begin` prints the step from which the run goes on. `decide` exits with 0 if it should be started
+`begin` prints the step from which the run continues. `decide` exits with 0 if it should be started
 again, and prints the step that it got to, the REACHED of the next time; else it says why not and
 exits with 1. A run that fails where it failed before is not started again: it would not get further
 for a third time. Each restart is a line of `<run_dir>/restarts.jsonl`. torch is not imported.
@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
         print(f"megaphi: not started again after status {status}: {reason}", file=sys.stderr)
         return EXIT_FAILED
     print(
-        f"megaphi: status {status} at step {step}; restart {attempt} of {limit} goes on from step "
-        f"{newest_checkpoint(run_dir)}",
+        f"megaphi: status {status} at step {step}; restart {attempt} of {limit} continues from "
+        f"step {newest_checkpoint(run_dir)}",
         file=sys.stderr,
     )
     row = {

@@ -161,7 +161,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, phase: str) -> Iterator[None]:
-        """Do something within another phase, which goes on afterwards."""
+        """Do something within another phase, which continues afterwards."""
         before = self._place[1]
         self.enter(phase)
         yield

@@ -29,7 +29,7 @@ from megaphi.precision.policy import check_pipeline, facts_of, resolve
 from megaphi.training.compilation import choose_compile, compile_blocks
 from megaphi.training.one_process import cast_and_run
 from megaphi.training.parallelize import parallelize, release_gathered_weights, send_gradients
-from megaphi.training.pipeline import Pipeline, Stage, split_layers, stages_of_process
+from megaphi.training.pipeline import Pipeline, StageModel, split_layers, stages_of_process
 
 
 class Engine:
@@ -81,7 +81,7 @@ class Engine:
             self.fp8.attach(nn.ModuleList(self.parts), mesh.device)
         self.pipeline: Pipeline | None = None
         if recipe.parallel.pipeline > 1:
-            stages = [part for part in self.parts if isinstance(part, Stage)]
+            stages = [part for part in self.parts if isinstance(part, StageModel)]
             self.pipeline = Pipeline(recipe, mesh, stages, self.dtype)
 
     def _build(self) -> list[Phi]:
@@ -96,7 +96,7 @@ class Engine:
         if parallel.pipeline == 1:
             return [Phi(config, execution)]
         numbers = stages_of_process(parallel, self.mesh.axis_rank("pipeline"))
-        return [Stage(config, execution, self.layers_of_stages[number]) for number in numbers]
+        return [StageModel(config, execution, self.layers_of_stages[number]) for number in numbers]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of this process, under their names in the whole model."""

@@ -67,7 +67,7 @@ def cut_layers(model: Phi, mesh: Mesh) -> None:
 
 
 def tensor_placement(name: str) -> Placement:
-    """How the parameter of a name lies on the tensor axis."""
+    """How the parameter of a name is laid out on the tensor axis."""
     layer, _, kind = name.rpartition(".")
     if layer.endswith(("qkv", "fc1", "tokens")) or layer == "head":
         return Shard(0)

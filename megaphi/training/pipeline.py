@@ -88,7 +88,7 @@ def stages_of_process(parallel: Parallel, rank: int) -> list[int]:
     return list(range(rank, parallel.num_stages, size))
 
 
-class Stage(Phi):
+class StageModel(Phi):
     """A part of the decoder, as a schedule runs it."""
 
     micro_batch: Callable[[int], tuple[torch.Size, DropoutSeed | None]]
@@ -126,7 +126,7 @@ class Pipeline:
     """The stages of this process and the schedule that runs them."""
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, stages: list[Stage], compute_dtype: torch.dtype
+        self, recipe: Recipe, mesh: Mesh, stages: list[StageModel], compute_dtype: torch.dtype
     ) -> None:
         self._mesh = mesh
         self._stages = stages
@@ -155,7 +155,7 @@ class Pipeline:
             scale_grads=False,
         )
 
-    def _part(self, stage: Stage, number: int) -> PipelineStage:
+    def _part(self, stage: StageModel, number: int) -> PipelineStage:
         """A stage with the shapes of what it takes and gives."""
         tokens = torch.empty(self._shape, dtype=torch.int64, device="meta")
         between = torch.empty(self._between, dtype=self._dtype, device="meta", requires_grad=True)
@@ -253,12 +253,12 @@ class Pipeline:
         return dist.get_global_rank(self._mesh.group("pipeline"), rank)
 
     def _send(self, tensors: Sequence[Tensor], rank: int) -> None:
-        """Send what lies between two stages."""
+        """Send what passes between two stages."""
         for tensor in tensors:
             dist.send(tensor.contiguous(), rank, group=self._mesh.group("pipeline"))
 
     def _receive(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Receive what lies between two stages."""
+        """Receive what passes between two stages."""
         normed_nd, residual_nd = (
             torch.empty(self._between, dtype=self._dtype, device=self._mesh.device)
             for _ in range(2)

@@ -144,6 +144,6 @@ def test_what_a_run_has_reached(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["decide", "1", "2", "4", "30", *recipe]) == 0
     captured = capsys.readouterr()
     assert captured.out == "33\n"
-    assert "status 4 at step 33; restart 1 of 2 goes on from step 30" in captured.err
+    assert "status 4 at step 33; restart 1 of 2 continues from step 30" in captured.err
     assert main(["decide", "2", "2", "4", "33", *recipe]) == 1
     assert len((run_dir / "restarts.jsonl").read_text().splitlines()) == 1

@@ -23,7 +23,7 @@ import pytest
 from data_pipeline.sandbox.executor import judge_all
 from data_pipeline.sandbox.memory_group import MemoryGroup, descendants
 from data_pipeline.sandbox.program_test import ProgramTest
-from data_pipeline.sandbox.sandbox import Lane, Limits, Verdict
+from data_pipeline.sandbox.sandbox import Limits, SandboxPair, Verdict
 from tests.faults.hostile_programs import (
     ESCAPES,
     FLOOD,
@@ -43,7 +43,7 @@ SUITE = '{"task_id": "1", "prompt": "def f():\\n", "entry_point": "f", "test": "
 def sandbox_problem() -> str:
     """Why bubblewrap cannot be used here; empty if it can."""
     try:
-        Lane(LIMITS).close()
+        SandboxPair(LIMITS).close()
     except ValueError as error:
         return str(error)
     return ""
@@ -54,16 +54,16 @@ needs_sandbox = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM or "there is on
 
 
 @pytest.fixture(scope="module")
-def lane() -> Iterator[Lane]:
-    lane = Lane(LIMITS)
-    yield lane
-    lane.close()
+def pair() -> Iterator[SandboxPair]:
+    pair = SandboxPair(LIMITS)
+    yield pair
+    pair.close()
 
 
-def ask(lane: Lane, program: str, call: str = "f()", equal: str = "True") -> Verdict:
+def ask(pair: SandboxPair, program: str, call: str = "f()", equal: str = "True") -> Verdict:
     """Judge a program by one comparison."""
     test = ProgramTest(code=f"assert {call} == {equal}\n")
-    return lane.judge(textwrap.dedent(program), test)
+    return pair.judge(textwrap.dedent(program), test)
 
 
 def bubblewraps() -> set[int]:
@@ -121,20 +121,22 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
 
 @needs_sandbox
 @pytest.mark.parametrize("name", [*ESCAPES, *INSIDE_ONLY])
-def test_escape_fails_and_leaves_nothing(lane: Lane, host: tuple[int, Path], name: str) -> None:
+def test_escape_fails_and_leaves_nothing(
+    pair: SandboxPair, host: tuple[int, Path], name: str
+) -> None:
     port, folder = host
     before = sorted(path.name for path in folder.iterdir())
     idle = sandbox_processes()
     program = (ESCAPES | INSIDE_ONLY)[name]
     started = time.monotonic()
-    verdict = ask(lane, program, f"f({port}, {str(folder)!r})")
+    verdict = ask(pair, program, f"f({port}, {str(folder)!r})")
     assert time.monotonic() - started < LIMITS.wall_seconds + SLACK
     assert not verdict.passed, verdict
     # the sandbox itself has survived, and nothing of the program has
     assert sandbox_processes() == idle
     assert sorted(path.name for path in folder.iterdir()) == before
     clean = "import os\ndef f():\n    return os.listdir('/tmp') + os.listdir('/dev/shm') == []"
-    assert ask(lane, clean).passed
+    assert ask(pair, clean).passed
 
 
 @pytest.mark.parametrize("name", ESCAPES)
@@ -147,13 +149,13 @@ def test_escape_works_outside(host: tuple[int, Path], name: str) -> None:
 
 
 @needs_sandbox
-def test_output_goes_nowhere(lane: Lane) -> None:
+def test_output_goes_nowhere(pair: SandboxPair) -> None:
     """A gigabyte of output costs neither memory nor the verdict."""
-    assert ask(lane, FLOOD).passed
+    assert ask(pair, FLOOD).passed
 
 
 @needs_sandbox
-def test_children_do_not_outlive_their_program(lane: Lane) -> None:
+def test_children_do_not_outlive_their_program(pair: SandboxPair) -> None:
     program = """
         import os, signal, time
         def f():
@@ -168,12 +170,12 @@ def test_children_do_not_outlive_their_program(lane: Lane) -> None:
             return True
     """
     idle = sandbox_processes()
-    assert ask(lane, program).passed
+    assert ask(pair, program).passed
     assert sandbox_processes() == idle
 
 
 @needs_sandbox
-def test_memory_of_all_processes_together(lane: Lane) -> None:
+def test_memory_of_all_processes_together(pair: SandboxPair) -> None:
     """Children of a program are counted with it: here four of 400 MB, of 1 GiB for all."""
     group = MemoryGroup(1 << 30)
     if group.path is None:
@@ -194,34 +196,34 @@ def test_memory_of_all_processes_together(lane: Lane) -> None:
             return sum(len(os.read(reader, 1)) for reader in children)
     """
     small = program.replace("400 <<", "40 <<")
-    assert ask(lane, small, equal="4").passed
-    assert not ask(lane, program, equal="4").passed
-    assert ask(lane, small, equal="4").passed
+    assert ask(pair, small, equal="4").passed
+    assert not ask(pair, program, equal="4").passed
+    assert ask(pair, small, equal="4").passed
 
 
 @needs_sandbox
-def test_endless_test_is_stopped(lane: Lane) -> None:
+def test_endless_test_is_stopped(pair: SandboxPair) -> None:
     """The suite's own code does not end; the next program is judged as ever."""
     started = time.monotonic()
     test = ProgramTest(code="assert f()\nwhile True:\n    pass\n")
-    verdict = lane.judge("def f():\n    return True", test)
+    verdict = pair.judge("def f():\n    return True", test)
     assert (verdict.passed, verdict.status) == (False, "timeout")
     assert time.monotonic() - started < LIMITS.wall_seconds + SLACK
-    assert ask(lane, "def f():\n    return True").passed
+    assert ask(pair, "def f():\n    return True").passed
 
 
 @needs_sandbox
-def test_judge_keeps_nothing_of_a_program(lane: Lane) -> None:
+def test_judge_keeps_nothing_of_a_program(pair: SandboxPair) -> None:
     """What one test defines, draws or imports under another name is not there for the next."""
     test = ProgramTest(code="import random\nleft = random.random()\nassert f(left) == left\n")
     seen = ProgramTest(code="assert f('left' in globals()) is False\n")
     same = "def f(x):\n    return x\n"
     drawn = ProgramTest(code="import random\nassert f(random.random()) == 0.8444218515250481\n")
-    assert [lane.judge(same, t).passed for t in (test, seen, drawn, drawn)] == [True] * 4
+    assert [pair.judge(same, t).passed for t in (test, seen, drawn, drawn)] == [True] * 4
 
 
 @needs_sandbox
-def test_program_runs_as_nobody_with_no_capability(lane: Lane) -> None:
+def test_program_runs_as_nobody_with_no_capability(pair: SandboxPair) -> None:
     program = """
         import ctypes, os
         def f():
@@ -229,23 +231,23 @@ def test_program_runs_as_nobody_with_no_capability(lane: Lane) -> None:
             assert ctypes.CDLL(None).capget(header, data) == 0
             return list(data), os.getresuid(), os.getpid()
     """
-    assert ask(lane, program, equal="([0] * 6, (65534,) * 3, 1)").passed
+    assert ask(pair, program, equal="([0] * 6, (65534,) * 3, 1)").passed
 
 
 @needs_sandbox
 def test_broken_sandbox_is_replaced() -> None:
     others, other_processes = bubblewraps(), sandbox_processes()
-    lane = Lane(LIMITS)
+    pair = SandboxPair(LIMITS)
     try:
         broken = bubblewraps() - others
         assert len(broken) >= 2
         for pid in broken:
             os.kill(pid, signal.SIGKILL)
-        assert ask(lane, "def f():\n    return True").passed
+        assert ask(pair, "def f():\n    return True").passed
         left = sandbox_processes() - other_processes
         assert len(left) >= 4
     finally:
-        lane.close()
+        pair.close()
     deadline = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{pid}") for pid in left):
         assert time.monotonic() < deadline, "the sandbox's processes are still there"
@@ -271,24 +273,24 @@ def test_killed_evaluation_leaves_no_process(tmp_path: Path) -> None:
         assert time.monotonic() < deadline, "processes outlive the evaluation"
         time.sleep(0.02)
     # the control groups that it could not remove are removed by the next
-    Lane(LIMITS).close()
+    SandboxPair(LIMITS).close()
     group = MemoryGroup(1 << 30)
     if group.path is not None:
         assert not list(group.path.parent.glob(f"megaphi-{child.pid}-*"))
     group.close()
 
 
-def judged(lane: Lane, program: str) -> Verdict:
+def judged(pair: SandboxPair, program: str) -> Verdict:
     test = ProgramTest(code=f"{TEST}\ncheck(f)\n", entry_point="f")
-    return lane.judge(textwrap.dedent(program), test)
+    return pair.judge(textwrap.dedent(program), test)
 
 
 @needs_sandbox
 @pytest.mark.parametrize("name", [*FORGERIES, *INSIDERS])
-def test_forgery_fails(lane: Lane, name: str) -> None:
-    verdict = judged(lane, {**FORGERIES, **INSIDERS}[name])
+def test_forgery_fails(pair: SandboxPair, name: str) -> None:
+    verdict = judged(pair, {**FORGERIES, **INSIDERS}[name])
     assert not verdict.passed, verdict
-    assert judged(lane, HONEST).passed
+    assert judged(pair, HONEST).passed
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -328,7 +330,7 @@ def test_same_verdicts_with_one_and_eight_lanes() -> None:
 def test_verdict_under_load() -> None:
     """A busy machine makes a program slow, not wrong: time to wait is beyond processor time."""
     code = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
-    lane = Lane(Limits(seconds=20.0))
+    pair = SandboxPair(Limits(seconds=20.0))
     load = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     try:
         program = """
@@ -338,9 +340,9 @@ def test_verdict_under_load() -> None:
                     pass
                 return True
         """
-        assert ask(lane, program).passed
+        assert ask(pair, program).passed
     finally:
-        lane.close()
+        pair.close()
         for process in load:
             process.kill()
             process.wait()

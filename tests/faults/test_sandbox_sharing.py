@@ -7,21 +7,21 @@ import pytest
 
 from data_pipeline.sandbox.executor import judge_all
 from data_pipeline.sandbox.program_test import ProgramTest
-from data_pipeline.sandbox.sandbox import Lane, Limits, Verdict
+from data_pipeline.sandbox.sandbox import Limits, SandboxPair, Verdict
 from tests.isolation import needs_sandbox
 
 pytestmark = needs_sandbox
 
 
 @pytest.fixture(scope="module")
-def lane() -> Iterator[Lane]:
-    lane = Lane(Limits(seconds=1.0, memory_bytes=512 << 20))
-    yield lane
-    lane.close()
+def pair() -> Iterator[SandboxPair]:
+    pair = SandboxPair(Limits(seconds=1.0, memory_bytes=512 << 20))
+    yield pair
+    pair.close()
 
 
-def ask(lane: Lane, program: str, test: str = "assert f()\n") -> Verdict:
-    return lane.judge(textwrap.dedent(program), ProgramTest(code=test))
+def ask(pair: SandboxPair, program: str, test: str = "assert f()\n") -> Verdict:
+    return pair.judge(textwrap.dedent(program), ProgramTest(code=test))
 
 
 # Each leaves something for the next program, which `seen` looks for.
@@ -113,31 +113,31 @@ CHANNELS = {
 
 
 @pytest.mark.parametrize("name", CHANNELS)
-def test_a_program_leaves_nothing_for_the_next(lane: Lane, name: str) -> None:
+def test_a_program_leaves_nothing_for_the_next(pair: SandboxPair, name: str) -> None:
     program = CHANNELS[name]
     for _ in range(2):
-        ask(lane, program, "leave()\n")
-        assert ask(lane, program, "assert seen() is False\n").passed
+        ask(pair, program, "leave()\n")
+        assert ask(pair, program, "assert seen() is False\n").passed
 
 
-def test_devices_of_the_machine_stay_as_they_are(lane: Lane) -> None:
-    assert not ask(lane, CHANNELS["times of a device"], "assert leave()\n").passed
+def test_devices_of_the_machine_stay_as_they_are(pair: SandboxPair) -> None:
+    assert not ask(pair, CHANNELS["times of a device"], "assert leave()\n").passed
 
 
-def test_output_before_does_not_fail_a_program(lane: Lane) -> None:
-    ask(lane, CHANNELS["offset of standard error"], "assert leave()\n")
+def test_output_before_does_not_fail_a_program(pair: SandboxPair) -> None:
+    ask(pair, CHANNELS["offset of standard error"], "assert leave()\n")
     program = "import sys\ndef f():\n    sys.stderr.write('x' * 100)\n    return True\n"
-    assert ask(lane, program).passed
+    assert ask(pair, program).passed
 
 
-def test_what_one_test_was_given_leaves_room_for_the_next(lane: Lane) -> None:
+def test_what_one_test_was_given_leaves_room_for_the_next(pair: SandboxPair) -> None:
     """A judge that keeps the values of many programs would fail the honest one in the end."""
     honest = "def f(n):\n    return list(range(n))\n"
     test = "assert f(1_000_000) == list(range(1_000_000))\n"
-    assert ask(lane, honest, test).passed
+    assert ask(pair, honest, test).passed
     for _ in range(6):
-        assert not ask(lane, "f = [999] * 3_000_000\n", "assert f(1) == 2\n").passed
-        verdict = ask(lane, honest, test)
+        assert not ask(pair, "f = [999] * 3_000_000\n", "assert f(1) == 2\n").passed
+        verdict = ask(pair, honest, test)
         assert verdict.passed, verdict
 
 
@@ -152,13 +152,13 @@ def test_what_one_test_was_given_leaves_room_for_the_next(lane: Lane) -> None:
         ("qrtr pair", "import socket\ndef f():\n    return bool(socket.socketpair(42, 1))\n"),
     ],
 )
-def test_rare_system_calls_are_refused(lane: Lane, name: str, program: str) -> None:
-    verdict = ask(lane, program)
+def test_rare_system_calls_are_refused(pair: SandboxPair, name: str, program: str) -> None:
+    verdict = ask(pair, program)
     assert verdict.status == "exception", verdict
     assert "OSError" in verdict.error or "PermissionError" in verdict.error, verdict
 
 
-def test_common_sockets_are_not(lane: Lane) -> None:
+def test_common_sockets_are_not(pair: SandboxPair) -> None:
     program = """
         import asyncio, socket
         def f():
@@ -166,7 +166,7 @@ def test_common_sockets_are_not(lane: Lane) -> None:
                 socket.socket(family).close()
             return asyncio.run(asyncio.sleep(0, True))
     """
-    assert ask(lane, program).passed
+    assert ask(pair, program).passed
 
 
 # Forms of tests that a replaced built-in or module would pass.
@@ -210,14 +210,16 @@ FORGED = """
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("entry_point", ["f", None])
-def test_names_nobody_asked_for_stay_out(lane: Lane, name: str, entry_point: str | None) -> None:
+def test_names_nobody_asked_for_stay_out(
+    pair: SandboxPair, name: str, entry_point: str | None
+) -> None:
     test = ProgramTest(code=FORMS[name], entry_point=entry_point)
-    verdict = lane.judge(textwrap.dedent(FORGED), test)
+    verdict = pair.judge(textwrap.dedent(FORGED), test)
     assert not verdict.passed, verdict
 
 
 def test_the_verdict_does_not_depend_on_the_number_of_lanes() -> None:
-    """0.6 of 1 s of processor time each, with more lanes than processors; and some that wait."""
+    """0.6 of 1 s of processor time each, with more pairs than processors; and some that wait."""
     busy = (
         "import time\ndef f():\n    while time.process_time() < {}:\n        pass\n    return 1\n"
     )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.sandbox.program_test import ProgramTest
-from data_pipeline.sandbox.sandbox import Lane, Limits
+from data_pipeline.sandbox.sandbox import Limits, SandboxPair
 from tests.helpers import REPOSITORY, child_environment
 from tests.isolation import needs_sandbox
 from tools.cli import main
@@ -202,7 +202,7 @@ VALUES = (
 @needs_sandbox
 def test_values_arrive_as_they_were() -> None:
     """The type and the value of each, into the program and out of it; none is like another."""
-    lane = Lane(Limits())
+    pair = SandboxPair(Limits())
     program = "def same(value):\n    return value\ndef text(value):\n    return repr(value)\n"
     try:
         for value in VALUES:
@@ -212,31 +212,31 @@ found = same(value)
 assert type(found) is type(value) and repr(found) == repr(value), (found, value)
 assert text(value) == repr(value)
 """
-            verdict = lane.judge(program, ProgramTest(code=test))
+            verdict = pair.judge(program, ProgramTest(code=test))
             assert verdict.passed, (value, verdict)
         flat = "from collections import Counter, OrderedDict, namedtuple\ndef f():\n    return "
         flat += "[Counter('a'), OrderedDict(b=1), namedtuple('N', 'x')(2)]\n"
         test = "assert [type(x) for x in f()] == [dict, dict, tuple]\n"
         test += "assert f() == [{'a': 1}, {'b': 1}, (2,)]\n"
-        assert lane.judge(flat, ProgramTest(code=test)).passed
+        assert pair.judge(flat, ProgramTest(code=test)).passed
     finally:
-        lane.close()
+        pair.close()
 
 
 @needs_sandbox
 def test_exceptions_reach_a_test_that_expects_them() -> None:
-    lane = Lane(Limits())
+    pair = SandboxPair(Limits())
     test = "try:\n    f(1)\nexcept ValueError as error:\n    assert str(error) == 'one'\n"
     test += "else:\n    raise AssertionError\n"
     program = "class Mine(ValueError):\n    pass\ndef f(n):\n    raise Mine('one')"
     try:
-        assert lane.judge(program, ProgramTest(code=test)).passed
+        assert pair.judge(program, ProgramTest(code=test)).passed
         for other in ("TypeError('one')", "ValueError('two')", "SystemExit"):
             wrong = f"def f(n):\n    raise {other}"
-            assert not lane.judge(wrong, ProgramTest(code=test)).passed
-        assert not lane.judge("def f(n):\n    return 1", ProgramTest(code=test)).passed
+            assert not pair.judge(wrong, ProgramTest(code=test)).passed
+        assert not pair.judge("def f(n):\n    return 1", ProgramTest(code=test)).passed
     finally:
-        lane.close()
+        pair.close()
 
 
 @needs_sandbox

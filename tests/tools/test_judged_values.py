@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.sandbox.packages import find_packages
 from data_pipeline.sandbox.program_test import ProgramTest
-from data_pipeline.sandbox.sandbox import Lane, Limits
+from data_pipeline.sandbox.sandbox import Limits, SandboxPair
 from tests.isolation import needs_sandbox
 from tools.cli import main
 
@@ -19,10 +19,10 @@ needs_numpy = pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reas
 
 
 @pytest.fixture(scope="module")
-def lane() -> Iterator[Lane]:
-    lane = Lane(Limits(), packages=find_packages(None))
-    yield lane
-    lane.close()
+def pair() -> Iterator[SandboxPair]:
+    pair = SandboxPair(Limits(), packages=find_packages(None))
+    yield pair
+    pair.close()
 
 
 # Each passes if it is run in one process; the second changes something and must be seen to.
@@ -81,17 +81,17 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_arguments_come_back_as_the_call_left_them(lane: Lane, name: str) -> None:
+def test_arguments_come_back_as_the_call_left_them(pair: SandboxPair, name: str) -> None:
     program, test = IN_PLACE[name]
     exec(f"{program}\n{test}", {})  # what one process says
-    verdict = lane.judge(program, ProgramTest(code=test))
+    verdict = pair.judge(program, ProgramTest(code=test))
     assert verdict.passed, verdict
 
 
-def test_a_program_that_spoils_its_argument_fails(lane: Lane) -> None:
+def test_a_program_that_spoils_its_argument_fails(pair: SandboxPair) -> None:
     test = ProgramTest(code="a = [3, 1]\nassert f(a) == 3\nassert a == [3, 1]\n")
-    assert not lane.judge("def f(a):\n    a.sort()\n    return a.pop()\n", test).passed
-    assert lane.judge("def f(a):\n    return sorted(a).pop()\n", test).passed
+    assert not pair.judge("def f(a):\n    a.sort()\n    return a.pop()\n", test).passed
+    assert pair.judge("def f(a):\n    return sorted(a).pop()\n", test).passed
 
 
 @needs_numpy
@@ -116,18 +116,18 @@ def test_a_program_that_spoils_its_argument_fails(lane: Lane) -> None:
         ),
     ],
 )
-def test_values_of_numpy(lane: Lane, program: str, test: str) -> None:
+def test_values_of_numpy(pair: SandboxPair, program: str, test: str) -> None:
     exec(f"{program}\n{test}", {})
-    verdict = lane.judge(program, ProgramTest(code=test))
+    verdict = pair.judge(program, ProgramTest(code=test))
     assert verdict.passed, verdict
 
 
 @needs_numpy
-def test_an_array_cannot_pose_as_equal(lane: Lane) -> None:
+def test_an_array_cannot_pose_as_equal(pair: SandboxPair) -> None:
     program = "import numpy\nclass A(numpy.ndarray):\n    def __eq__(self, other):\n"
     program += "        return True\ndef f(x):\n    return numpy.zeros(2).view(A)\n"
     test = ProgramTest(code="r = f(1)\nassert r == 5\n")
-    assert not lane.judge(program, test).passed
+    assert not pair.judge(program, test).passed
 
 
 ROW = {

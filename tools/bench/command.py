@@ -1,4 +1,4 @@
-"""`megaphi bench VERB --out DIR`: measure this machine, beside the tools that others use.
+"""`megaphi bench VERB --out DIR`: measure this machine, alongside the tools that others use.
 
 Writes DIR/NAME.json, with everything needed to judge the figures (machine, load, versions, commit,
 command line, every single repeat), and DIR/NAME.txt, the table that is also printed; `kernels` and

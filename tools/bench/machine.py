@@ -1,4 +1,4 @@
-"""What a figure needs beside it: machine, versions, commit; and child processes to measure in."""
+"""What is reported with a figure: machine, versions, commit; and child processes to measure in."""
 
 import datetime
 import os

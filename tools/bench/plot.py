@@ -77,7 +77,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def draw_speed(figure: Any, report: dict[str, Any]) -> None:
-    """Tokens a second of every configuration, and beside it where a step's time goes."""
+    """Tokens a second of every configuration, and alongside it where a step's time goes."""
     rows = [row for row in report["rows"] if "problem" not in row]
     left, right = figure.subplots(1, 2, sharey=True)
     places = list(range(len(rows)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline.runner.executors import ShardsPlanned, SliceDone
 from data_pipeline.runner.finished import Finished
-from data_pipeline.runner.options import Engine
+from data_pipeline.runner.options import EngineOptions
 from megaphi.errors import RunError
 from tools.data import slurm
 from tools.data.parser import Verb
@@ -33,7 +33,7 @@ def run_verb(name: str, verb: Verb, options: Any) -> Finished:
     try:
         with contextlib.ExitStack() as stack:
             show = stack.enter_context(progress(name, verb.unit))
-            if isinstance(engine, Engine) and engine.engine == "ray":
+            if isinstance(engine, EngineOptions) and engine.engine == "ray":
                 # Ray prints what befalls its nodes to stdout, which is the result's.
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             return verb.run(options, show)
@@ -77,7 +77,7 @@ def _check_inputs_stay(options: Any) -> None:
     """
     stage: type = type(options)
     values, known = values_of(options), options_of(stage)
-    # A token file lies beside a folder of its name, which it does not replace.
+    # A token file is alongside a folder of its name, which it does not replace.
     if not values.get("overwrite") or known["out"].placeholder == "PREFIX":
         return
     out: Path = values["out"]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.runner.executors import cores
-from data_pipeline.runner.options import Engine
+from data_pipeline.runner.options import EngineOptions
 from megaphi.errors import EXIT_REJECTS, RunError, TooManyRejects
 from tools.data.stage_options import argv_of, changed
 
-HERE = {field.name: field.default for field in fields(Engine)}
+HERE = {field.name: field.default for field in fields(EngineOptions)}
 """The values by which a stage runs in the process that is asked."""
 
 

@@ -1,8 +1,8 @@
 """Scores of a run's checkpoints over its training tokens, once or for as long as it trains.
 
 A follower is a process of its own, on any machine that sees the run's directory: it reads published
-checkpoints and writes beside them, so that nothing it does or suffers can reach the training. What
-it has scored is on the disk; killed and started again, it goes on with what is missing.
+checkpoints and writes next to them, so that nothing it does or suffers can reach the training. What
+it has scored is on the disk; killed and started again, it continues with what is missing.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Curve:
         run_dir: the run.
         out: where each checkpoint's evaluation has a directory of its checkpoint's name.
         suite_name: names the curve in TensorBoard.
-        evaluate: evaluates a checkpoint into a directory, or goes on with what is there; returns
+        evaluate: evaluates a checkpoint into a directory, or continues with what is there; returns
             the summary that it leaves there as summary.json.
         every_steps: only checkpoints of steps that this divides, and the last.
     """

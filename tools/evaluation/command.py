@@ -21,7 +21,7 @@ from typing import Any
 
 from data_pipeline.sandbox.executor import judge_all
 from data_pipeline.sandbox.packages import Packages, find_packages
-from data_pipeline.sandbox.sandbox import Lane, Limits, describe_isolation
+from data_pipeline.sandbox.sandbox import Limits, SandboxPair, describe_isolation
 from megaphi.durable import file_sha256, write_durably
 from megaphi.formats.manifest import (
     MANIFEST_NAME,
@@ -192,21 +192,21 @@ def _try_sandbox(job: _Job) -> _Job:
     Raises:
         ValueError: there is no sandbox, or it lacks a module that a test imports.
     """
-    lane = Lane(job.limits, isolate=job.isolate, packages=job.packages)
+    sandboxes = SandboxPair(job.limits, isolate=job.isolate, packages=job.packages)
     try:
         users: dict[str, str] = {}
         for problem in job.suite.problems:
             for name in problem.test.imports:
                 users.setdefault(name, problem.task_id)
-        missing = lane.missing_modules(list(users))
+        missing = sandboxes.missing_modules(list(users))
     finally:
-        lane.close()
+        sandboxes.close()
     if missing:
         raise ValueError(
             f"the test of {users[missing[0]]} cannot be run: it imports {missing[0]}, which the "
             f"sandbox does not have; install it and give --package {missing[0].partition('.')[0]}"
         )
-    return replace(job, versions=lane.packages)
+    return replace(job, versions=sandboxes.packages)
 
 
 def _tell(job: _Job, summary: Mapping[str, Any]) -> None:
@@ -293,7 +293,7 @@ Completions = Callable[[Suite, Path], list[dict[str, Any]]]
 def _evaluate(
     job: _Job, out: Path, subject: Mapping[str, Any], completions: Completions
 ) -> dict[str, Any]:
-    """Score a suite, and beside it the perturbed ones; leaves the summary in the directory."""
+    """Score a suite, and alongside it the perturbed ones; leaves the summary in the directory."""
     with open_directory(out, job.settings(subject, job.suite)):
         results = _judge(job, job.suite, out, completions(job.suite, out))
         summary = {

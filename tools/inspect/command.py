@@ -131,11 +131,15 @@ def _describe(kind: str, path: str, options: argparse.Namespace) -> dict[str, An
         if kind == "tokenizer":
             return describe_tokenizer(Path(path))
         return describe_records(Path(path), deep=options.deep)
-    from tools.inspect.model import describe_checkpoint, describe_hugging_face, describe_run
+    from tools.inspect.model import (
+        describe_checkpoint,
+        describe_hugging_face,
+        describe_run_directory,
+    )
 
     if kind == "huggingface":
         return describe_hugging_face(Path(path), deep=options.deep)
-    describe = describe_run if kind == "run" else describe_checkpoint
+    describe = describe_run_directory if kind == "run" else describe_checkpoint
     report = describe(Path(path), deep=options.deep)
     if options.plot:
         from tools.inspect.plot import plot_run

@@ -30,7 +30,7 @@ def describe_tokens(prefix: str, *, deep: bool, head: int) -> dict[str, Any]:
 
     Raises:
         TokenFileError: a file is damaged or missing.
-        ValueError: the tokenizer beside the file cannot be read.
+        ValueError: the tokenizer alongside the file cannot be read.
     """
     indexed = IndexedDataset(prefix)
     info = verify_info(prefix, deep=deep)

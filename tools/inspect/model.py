@@ -193,7 +193,7 @@ def _tokens(samples: int | None, recipe: dict[str, Any]) -> int | None:
     return int(samples * recipe["data.sequence_length"])
 
 
-def describe_run(directory: Path, *, deep: bool) -> dict[str, Any]:
+def describe_run_directory(directory: Path, *, deep: bool) -> dict[str, Any]:
     """Describe a run: where it stands, and each of its checkpoints.
 
     A damaged checkpoint does not hide the others: its entry has a `problem`. Restarts are those

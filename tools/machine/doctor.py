@@ -80,10 +80,10 @@ def tool_states() -> dict[str, str]:
 
 def sandbox_state() -> str:
     """Whether programs can be run isolated, found out by running one: `works`, or the reason."""
-    from data_pipeline.sandbox.sandbox import Lane, Limits
+    from data_pipeline.sandbox.sandbox import Limits, SandboxPair
 
     try:
-        Lane(Limits()).close()
+        SandboxPair(Limits()).close()
     except ValueError as error:
         return f"not usable: {' '.join(str(error).split())}"
     return "works"

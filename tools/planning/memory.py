@@ -200,7 +200,7 @@ def loss_kept_bytes(job: Job, layout: Layout) -> int:
 
 
 def loss_bytes(job: Job, layout: Layout) -> int:
-    """The head's gradients, and the larger of what its two passes need beside them.
+    """The head's gradients, and the larger of what its two passes need in addition.
 
     The forward pass has a chunk of logits and the weight's gradient in fp32; the backward pass
     scales that gradient in fp32: two such copies and the result.

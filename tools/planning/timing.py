@@ -191,7 +191,7 @@ def elementwise_bytes(job: Job, recompute: Recompute) -> int:
 
 
 def loss_traffic(job: Job, layout: Layout) -> float:
-    """Bytes of a micro-batch's loss beside the head's products.
+    """Bytes of a micro-batch's loss other than the head's products.
 
     A logit is read three times and written once (Triton), or passed over in fp32 (20 times its
     bytes). The weight's fp32 gradient is added to chunk by chunk, narrowed, and scaled.

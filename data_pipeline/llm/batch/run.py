@@ -16,7 +16,7 @@ from data_pipeline.llm.batch_journal import Member, OpenBatch
 from data_pipeline.llm.completion import AnswerReader, Bounds
 from data_pipeline.llm.connection import CallError
 from data_pipeline.llm.ledger import Ledger
-from data_pipeline.llm.options import Batching, Policy
+from data_pipeline.llm.options import Batching, RetryPolicy
 from data_pipeline.records.record import digest
 from megaphi.errors import RunError
 
@@ -48,7 +48,7 @@ class BatchRunner:
     client: BatchClient
     reader: AnswerReader
     ledger: Ledger
-    policy: Policy
+    policy: RetryPolicy
     batching: Batching
     model: str
     say: Callable[[str], None]

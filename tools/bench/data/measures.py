@@ -51,7 +51,7 @@ class Measure(NamedTuple):
 
 
 def run_request(measures: Mapping[str, Callable[[Request], Measure]], path: Path) -> None:
-    """Take the measurement that a request names and write the result beside it."""
+    """Take the measurement that a request names and write the result alongside it."""
     request: Request = json.loads(path.read_bytes())
     measure = measures[request["measure"]](request)
     memory_before = reset_peak_memory()

@@ -1,4 +1,4 @@
-"""The tables of `megaphi bench data`: what is measured, beside what."""
+"""The tables of `megaphi bench data`: what is measured, alongside what."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """`megaphi data run`: the stages of a corpus recipe, in order.
 
-A finished stage is reused and a killed one goes on, as in each verb. What the recipe made before
+A finished stage is reused and a killed one continues, as in each verb. What the recipe made before
 and would now make otherwise, because a stage before it or an option changed, is made anew;
 `run.json` in the work directory says which outputs are the recipe's. Other outputs of the same
 name are never replaced.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.runner.finished import Finished, Show
-from data_pipeline.runner.options import Engine
+from data_pipeline.runner.options import EngineOptions
 from data_pipeline.runner.output import OtherOutput, write_json
 from tools.data.execution import run_verb
 from tools.data.parser import STAGES
@@ -72,7 +72,7 @@ def _selected(recipe: CorpusRecipe, only: str | None, first: str | None) -> list
 def _placed(call: StageCall, run: RecipeRun) -> StageCall:
     """The stage where the user wants it to run."""
     own = getattr(call.options, "engine", None)
-    if not isinstance(own, Engine):
+    if not isinstance(own, EngineOptions):
         return call
     engine = {name: value for name, value in vars(run.engine).items() if name != "workers"}
     if run.engine.workers is not None and own.workers is None:

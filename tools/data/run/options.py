@@ -9,7 +9,7 @@ from data_pipeline.runner.options import Form, Where
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeRun:
-    """A recipe of stages -> a corpus: reuses what is done, goes on where it was killed."""
+    """A recipe of stages -> a corpus: reuses what is done, continues where it was killed."""
 
     ALTERNATIVES: ClassVar = (("only", "from_"), ("dry_run", "estimate"))
     recipe: Annotated[Path, "RECIPE.yaml", Form.POSITIONAL]

@@ -30,7 +30,7 @@ from tools.data.stage_options import Option, keys_of_stage, options_of, read_opt
 from tools.option_names import translated
 
 SECTIONS = ("work", "variables", "prices", "stages")
-# What stands beside the options of a verb.
+# What stands alongside the options of a verb.
 KEYS = ("verb", "inputs", "out", "expect")
 # Options that `megaphi data run` gives itself.
 OWN_OPTIONS = ("overwrite", "json", "engine", "ray-address", "submit", "wait", "slice", "estimate")

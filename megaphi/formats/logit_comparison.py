@@ -12,7 +12,7 @@ from megaphi.model.phi import Phi
 
 
 @dataclass(frozen=True)
-class Agreement:
+class LogitComparison:
     """How far the logits of two models are apart."""
 
     max_difference: float
@@ -25,10 +25,11 @@ class Agreement:
     """Positions compared."""
 
 
-def fixed_prompt(config: Model, length: int = 32) -> list[int]:
-    """Ids spread over the vocabulary, the same for every model of that shape."""
-    return [(2654435761 * (n + 1)) % config.vocab_size for n in range(length)][
-        : config.max_sequence_length
+def fixed_prompt(config: Model) -> list[int]:
+    """32 ids spread over the vocabulary, the same for every model of that shape."""
+    return [
+        (2654435761 * (n + 1)) % config.vocab_size
+        for n in range(min(32, config.max_sequence_length))
     ]
 
 
@@ -55,14 +56,16 @@ def streamed_logits(weights: ModelWeights, tokens: Sequence[int]) -> Tensor:
     return stream[0]
 
 
-def compare_logits(first: ModelWeights, second: ModelWeights, tokens: Sequence[int]) -> Agreement:
+def compare_logits(
+    first: ModelWeights, second: ModelWeights, tokens: Sequence[int]
+) -> LogitComparison:
     """Run both models on `tokens`, one after the other."""
     expected, actual = streamed_logits(first, tokens), streamed_logits(second, tokens)
     if expected.shape != actual.shape:
-        return Agreement(float("inf"), float(expected.abs().max()), 0.0, len(tokens))
+        return LogitComparison(float("inf"), float(expected.abs().max()), 0.0, len(tokens))
     same = expected.argmax(-1) == actual.argmax(-1)
     # a difference of NaN stays one: it is equal to nothing
-    return Agreement(
+    return LogitComparison(
         float((expected - actual).abs().max()),
         float(expected.abs().max()),
         float(same.double().mean()),
