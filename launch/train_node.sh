@@ -38,7 +38,7 @@ restarts() { "$PYTHON" -m megaphi.resilience.restarts "$@"; }
 
 [[ "$RESTARTS" =~ ^[0-9]+$ ]] || { say "RESTARTS=$RESTARTS is not a number"; exit 2; }
 [[ "${GPUS:-1}" =~ ^[1-9][0-9]*$ ]] || { say "GPUS=$GPUS is not a number of processes"; exit 2; }
-# where the run stands: what it gets beyond that is progress. A wrong recipe ends here, said once
+# where the run stands: what it gets beyond that is progress. A wrong recipe ends here, reported once
 reached="$(restarts begin "$@")"
 if [ -z "${GPUS:-}" ]; then
     GPUS="$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')"

@@ -25,7 +25,7 @@ FIRST_LOOK = 20  # canaries after which an annotator may be given up
 
 @dataclass
 class Annotator:
-    """What one model said.
+    """What one model answered.
 
     Attributes:
         model: its name.
@@ -69,7 +69,7 @@ def annotation_report(
     Args:
         records: the sample.
         strata: how many of each stratum are in it.
-        annotators: what was said about it.
+        annotators: what was reported about it.
     """
     agreements: list[Json] = []
     for first, second in combinations(annotators, 2):

@@ -160,9 +160,9 @@ def annotate_run(run: AnnotateRun, show: Show) -> Finished:
     with guarded(redact):
         annotation = Annotation(run.records, judging)
         with open_ledger(run.asking, servers, out) as ledger:
-            said = consent(run.asking.money, annotation.estimate(servers, ledger), ledger)
-            if said is not None:
-                return said
+            stopped = consent(run.asking.money, annotation.estimate(servers, ledger), ledger)
+            if stopped is not None:
+                return stopped
             made = annotate(
                 annotation,
                 out,

@@ -63,7 +63,7 @@ class ComparedShard:
 
 
 def decontaminate(run: DecontaminateRun, show: Show) -> Finished:
-    """Decontaminate records; the report is part of what is said.
+    """Decontaminate records; the report is part of the result.
 
     Raises:
         FileNotFoundError, ValueError, RunError: see `plan_decontaminate` and `run_stage`.

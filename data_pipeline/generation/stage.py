@@ -206,9 +206,9 @@ def generate_run(run: GenerateRun, show: Show) -> Finished:
     with guarded(redact), open_ledger(run.asking, [server], out) as ledger:
         count = _counter(run.tokenizer)
         found = estimate(run.plan, writing, server.price, ledger.__contains__, count)
-        said = consent(run.asking.money, found, ledger)
-        if said is not None:
-            return said
+        stopped = consent(run.asking.money, found, ledger)
+        if stopped is not None:
+            return stopped
         made = generate(
             run.plan,
             out,

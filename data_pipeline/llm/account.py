@@ -146,7 +146,7 @@ def consent(
         return None
     if not sys.stdin.isatty():
         raise ValueError(f"this can cost {dollars(found.nano)}: pass `yes` to agree")
-    if ask("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+    if ask("Continue? [y/N] ").strip().lower() not in ("y", "yes"):
         raise ValueError("nothing was asked, nothing was spent")
     return None
 

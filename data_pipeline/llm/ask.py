@@ -78,7 +78,7 @@ class Failure:
 
     Attributes:
         reason: a short fixed word (`http_500`, `timeout`, `malformed`, …).
-        detail: what the server said.
+        detail: what the server answered.
     """
 
     reason: str

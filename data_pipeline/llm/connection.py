@@ -38,7 +38,7 @@ class CallError(Exception):
 
     Attributes:
         reason: a short fixed word.
-        detail: what the server said, or what was seen.
+        detail: what the server answered, or what was seen.
         billed: whether the server may have charged for it.
         retry: whether asking again may help.
         overloaded: whether the server asked for fewer requests.
@@ -68,7 +68,7 @@ class CallError(Exception):
 
 
 def quote(text: str, redact: Redactor) -> str:
-    """What a server said on one line, short and without keys."""
+    """What a server answered on one line, short and without keys."""
     clean = "".join(c if c.isprintable() else " " for c in redact(text))
     return " ".join(clean[: 4 * QUOTED].split())[:QUOTED] or "no message"
 
@@ -105,17 +105,17 @@ def reported_error(
     """
     names = {str(error.get(name)).lower() for name in ("code", "type") if error.get(name)}
     message = error.get("message")
-    said = quote(message if isinstance(message, str) else json.dumps(error), redact)
+    detail = quote(message if isinstance(message, str) else json.dumps(error), redact)
     code = error.get("code")
     if status == 200:  # then the code, if it is a number, is the status that was meant
         number = int(str(code)) if str(code).isdecimal() and len(str(code)) == 3 else 0
         status = number if 400 <= number < 600 else 200
     if names & _NO_MONEY or status == 402:
-        return CallError("no_quota", said, retry=False, final=True)
+        return CallError("no_quota", detail, retry=False, final=True)
     reason = f"http_{status}" if status >= 300 else "error_object"
     return CallError(
         reason,
-        said,
+        detail,
         retry=(status in (200, 408, 409, 429) or status >= 500)
         and "invalid_request_error" not in names,
         overloaded=status in (429, 503, 529),
@@ -215,19 +215,20 @@ class Connection:
 
     def run_error(self, error: CallError) -> RunError:
         """What to tell the user of an error that no request can get past."""
-        where, said, reason = self.base.url, error.detail, error.reason
+        where, detail, reason = self.base.url, error.detail, error.reason
         if reason == "no_quota":
             return RunError(
-                f"{where}: the account's quota or credit is used up: {said}; the answers so far "
+                f"{where}: the account's quota or credit is used up: {detail}; the answers so far "
                 "are kept, run again once there is more"
             )
         status = reason.removeprefix("http_")
         if status.startswith("3"):
             return RunError(f"{where}: redirects (HTTP {status}), which is not followed")
         if status in ("401", "403"):
-            return RunError(f"{where}: the API key is refused (HTTP {status}): {said}")
+            return RunError(f"{where}: the API key is refused (HTTP {status}): {detail}")
         return RunError(
-            f"{where}: HTTP {status}: {said}; check `base_url` (it mostly ends in /v1) and `model`"
+            f"{where}: HTTP {status}: {detail}; check `base_url` (it mostly ends in /v1) and "
+            "`model`"
         )
 
 

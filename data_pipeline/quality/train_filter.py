@@ -394,6 +394,6 @@ def report_text(report: dict[str, Json]) -> str:
         )
     lines += ["", "decisions at the suggested threshold, by source"]
     for source, counts in report["confusion"].items():
-        said = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items())
-        lines.append(f"  {json.dumps(source)}: {said}")
+        shown = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items())
+        lines.append(f"  {json.dumps(source)}: {shown}")
     return "\n".join(lines) + "\n"

@@ -42,7 +42,7 @@ class Record(TypedDict):
         repo: the repository it came from, `owner/name`.
         path: its path in the repository or source directory.
         revision: commit or version.
-        meta: whatever else the source said, unchanged.
+        meta: whatever else the source gave, unchanged.
         lineage: the stages passed, oldest first.
 
     Stages add further keys (`quality`, `gen`, `dup`, `decon`, …); every stage keeps the keys that

@@ -69,7 +69,7 @@ def _is_missing(module: str) -> bool:
 
 
 def _verdict(candidate: "_Candidate", job: dict[str, Any]) -> tuple[str, str]:
-    """The status of a test that was run, and what is to be said of it."""
+    """The status of a test that was run, and its message."""
     random.seed(0)
     try:
         _judge(candidate, job)

@@ -3,9 +3,9 @@
 Programs are judged in two sandboxes: one runs candidates, the other the tests. Each is a
 bubblewrap with namespaces of its own for users, processes, mounts, network, IPC and host name; a
 root of a few read-only folders (the C library, one Python) and an empty environment; an
-unprivileged user, also when root starts it; no way to make further user namespaces. `zygote.py` then forks a
-further isolated child for every program. What isolation cannot be had is an error, never a silent
-step down.
+unprivileged user, also when root starts it; no way to make further user namespaces. `zygote.py`
+then forks a further isolated child for every program. What isolation cannot be had is an error,
+never a silent step down.
 
 The limit is processor time, which the load of the machine does not change. What is stopped for
 another reason is a program that waits: it is `stalled` when both processes have used next to no
@@ -180,8 +180,8 @@ class Sandbox:
             except (BadFrame, OSError) as error:
                 self.close()
                 errors.seek(0)
-                said = errors.read(2000).decode("utf-8", "replace").split("\n")
-                reason = " ".join(line for line in said if line.strip())[-300:] or str(error)
+                lines = errors.read(2000).decode("utf-8", "replace").split("\n")
+                reason = " ".join(line for line in lines if line.strip())[-300:] or str(error)
                 raise ValueError(f"the sandbox cannot be set up ({reason}): {INSTALL}") from None
         if absent and packages.required:
             self.close()

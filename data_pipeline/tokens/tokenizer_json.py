@@ -23,8 +23,8 @@ def tokenizer_errors(where: Path | str) -> Iterator[None]:
         panic = type(error).__name__ == "PanicException"
         if not isinstance(error, Exception) and not panic:
             raise
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{where}: not a tokenizer.json that can be read ({said})") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}: not a tokenizer.json that can be read ({reason})") from None
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

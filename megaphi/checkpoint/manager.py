@@ -180,8 +180,8 @@ class CheckpointManager:
             self._has_told = True
             print(
                 f"megaphi: the save of step {step} waited {time.perf_counter() - began:.1f} s for "
-                "the one before to be written; a larger checkpoint.interval avoids this (not said "
-                "again)",
+                "the one before to be written; a larger checkpoint.interval avoids this "
+                "(reported once)",
                 file=sys.stderr,
                 flush=True,
             )

@@ -174,7 +174,7 @@ class RunLogger:
                 self._board.add_scalar(f"{group}/{key}", value, row["step"])
 
     def close(self) -> None:
-        """Close the files; what could not be written has been said."""
+        """Close the files; what could not be written has been reported."""
         with contextlib.suppress(OSError):
             self._file.close()
         if self._board is not None:

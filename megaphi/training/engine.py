@@ -1,6 +1,6 @@
 """What computes a step on this process: its part of the model, and how micro-batches run through.
 
-Everything that the recipe leaves to the device is decided here, once, and said in the log: number
+Everything that the recipe leaves to the device is decided here, once, and logged: number
 formats, attention kernel, compilation, layout. The trainer above it sees losses and parameters.
 """
 

@@ -70,10 +70,10 @@ def submit(script: str, out: Path) -> list[str]:
     jobs = [line.split(";")[0] for line in done.stdout.split()]
     if done.returncode == 0:
         return jobs
-    said = " ".join(done.stderr.split()) or f"status {done.returncode}"
+    reason = " ".join(done.stderr.split()) or f"status {done.returncode}"
     if len(jobs) < 2:
-        raise RunError(f"sbatch: {said}; without `submit` the script is printed")
-    message = f"{out}: job {jobs[-1]} failed ({said}); see {out}.slurm"
+        raise RunError(f"sbatch: {reason}; without `submit` the script is printed")
+    message = f"{out}: job {jobs[-1]} failed ({reason}); see {out}.slurm"
     if done.returncode == EXIT_REJECTS:
         raise TooManyRejects(message)
     raise RunError(message + ", and run again to do what is missing")

@@ -146,14 +146,14 @@ class Curve:
     ) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Evaluate checkpoints as they are published, until the training's last; see `score_all`.
 
-        A run that has no checkpoint yet, or no directory, is waited for, and that is said: its
+        A run that has no checkpoint yet, or no directory, is waited for, and that is announced: its
         name may be wrong. One that has begun, and in which nothing changes for `patience_seconds`,
         is taken for dead.
 
         Raises:
             RunError: the run seems dead.
         """
-        said = None
+        announced = None
         signs, seen_alive = self._signs_of_life(), time.monotonic()
         while True:
             yield from self.score_all()
@@ -169,14 +169,14 @@ class Curve:
                 )
             seen = max(self._passed_over, default=None)
             waits = f"for a checkpoint after {seen}" if seen else "for its first checkpoint"
-            if said != waits:
+            if announced != waits:
                 missing = "" if self.run_dir.is_dir() else " (there is no such directory yet)"
                 print(
                     f"megaphi: {self.run_dir}{missing}: waiting {waits}",
                     file=sys.stderr,
                     flush=True,
                 )
-                said = waits
+                announced = waits
             time.sleep(poll_seconds)
 
     def _signs_of_life(self) -> list[tuple[str, int, int]]:

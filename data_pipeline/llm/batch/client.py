@@ -237,7 +237,7 @@ class BatchClient:
         counts, errors = answer.get("request_counts"), answer.get("errors")
         completed = counts.get("completed") if isinstance(counts, dict) else 0
         rows = errors.get("data") if isinstance(errors, dict) else None
-        said = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        objects = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         output, failures = answer.get("output_file_id"), answer.get("error_file_id")
         return BatchState(
             id=self._id(answer.get("id")),
@@ -249,7 +249,7 @@ class BatchClient:
                     quote(str(row.get("code")), self._redact),
                     quote(str(row.get("message")), self._redact),
                 )
-                for row in said[:5]
+                for row in objects[:5]
             ),
             completed=completed if type(completed) is int else 0,
         )

@@ -89,12 +89,12 @@ class RowReader:
         if isinstance(response, dict) and status == 200:
             bounds = Bounds(member.prompt, member.completion)
             return self._reader.read(body, bounds)
-        said = error_object(body) or error_object({"error": error})
+        reported = error_object(body) or error_object({"error": error})
         if type(status) is int and 300 <= status < 600:
-            said = said or {"message": "a row of a batch, without a word"}
-            raise reported_error(said, status, self._reader.redact)
-        if said is not None:
-            raise reported_error(said, 200, self._reader.redact)
+            reported = reported or {"message": "a row of a batch, without a word"}
+            raise reported_error(reported, status, self._reader.redact)
+        if reported is not None:
+            raise reported_error(reported, 200, self._reader.redact)
         # Such as status code 0: nothing says that it was not billed.
         raise CallError("no_status", "a row without answer or HTTP status", billed=True)
 

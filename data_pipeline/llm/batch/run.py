@@ -200,9 +200,10 @@ class BatchRunner:
         """
         error = self._no_row(state)
         if error.reason not in TOO_MUCH:
-            said = "; ".join(f"{code}: {message}" for code, message in state.errors)
+            reasons = "; ".join(f"{code}: {message}" for code, message in state.errors)
             raise RunError(
-                f"{self.client.base.url}: refuses batch {state.id} ({said or 'no reason given'}); "
+                f"{self.client.base.url}: refuses batch {state.id} "
+                f"({reasons or 'no reason given'}); "
                 "nothing of it was billed"
             )
 
