@@ -160,9 +160,9 @@ def annotate_run(run: AnnotateRun, show: Show) -> Finished:
     with guarded(redact):
         annotation = Annotation(run.records, judging)
         with open_ledger(run.asking, servers, out) as ledger:
-            stopped = consent(run.asking.money, annotation.estimate(servers, ledger), ledger)
-            if stopped is not None:
-                return stopped
+            estimate_only = consent(run.asking.money, annotation.estimate(servers, ledger), ledger)
+            if estimate_only is not None:
+                return estimate_only
             made = annotate(
                 annotation,
                 out,

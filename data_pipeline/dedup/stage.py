@@ -30,12 +30,13 @@ from numpy.typing import NDArray
 from data_pipeline.dedup.index import Index, IndexTask, index_part
 from data_pipeline.dedup.options import DedupRun
 from data_pipeline.records.jsonl import LineWriter
-from data_pipeline.records.record import Record, Reject, digest
+from data_pipeline.records.record import Record, Reject
 from data_pipeline.runner.executors import run_shards
 from data_pipeline.runner.finished import Finished, Show, finished_records, run_options
-from data_pipeline.runner.output import LOCK_NAME, Manifest, WorkDirectory
+from data_pipeline.runner.first_phase import FirstPhase, run_with_first_phase
+from data_pipeline.runner.output import Manifest, WorkDirectory
 from data_pipeline.runner.record_work import PartShard, broken_text, read_shard, record_work
-from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
+from data_pipeline.runner.stage import Options, Stage, Tally
 from data_pipeline.similarity.minhash import choose_bands, estimate_jaccard
 
 VERSION = "2"
@@ -100,31 +101,19 @@ def dedup(
     place = out.with_name(out.name + ".index.partial")
     work = record_work(records)
     parts: list[PartShard] = list(work.shards)
-    index: list[WorkDirectory] = []
 
-    def prepare() -> None:
-        plan = digest([VERSION, config, work.fingerprint])
-        index.append(WorkDirectory(place, plan, shared=options.runner.shared))
-        _index_parts(parts, index[0], bands, rows, options)
-        _decide(Index([index[0].shard_directory(i) for i in range(len(parts))]), place, near, bands)
+    def decide(directory: WorkDirectory) -> None:
+        _index_parts(parts, directory, bands, rows, options)
+        index = Index([directory.shard_directory(i) for i in range(len(parts))])
+        _decide(index, place, near, bands)
 
+    first = FirstPhase(directory=place, plan=[VERSION, config, work.fingerprint], run=decide)
     work = replace(
         work,
         shards=[DedupShard(part, place / f"decisions-{part.index:05d}.npy") for part in parts],
-        prepare=prepare,
         finish=lambda directory, notes: _copy_clusters(place, directory),
     )
-    try:
-        result = run_stage(stage, work, out, options)
-        # Of a run that was killed after it had published, the index alone is left.
-        if not index and (place / LOCK_NAME).exists():
-            index.append(WorkDirectory(place, ""))
-        for directory in index:
-            directory.discard()
-    finally:
-        for directory in index:
-            directory.release()
-    return result
+    return run_with_first_phase(stage, work, out, options, first)
 
 
 def _index_parts(

@@ -206,9 +206,9 @@ def generate_run(run: GenerateRun, show: Show) -> Finished:
     with guarded(redact), open_ledger(run.asking, [server], out) as ledger:
         count = _counter(run.tokenizer)
         found = estimate(run.plan, writing, server.price, ledger.__contains__, count)
-        stopped = consent(run.asking.money, found, ledger)
-        if stopped is not None:
-            return stopped
+        estimate_only = consent(run.asking.money, found, ledger)
+        if estimate_only is not None:
+            return estimate_only
         made = generate(
             run.plan,
             out,

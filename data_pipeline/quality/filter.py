@@ -30,8 +30,8 @@ from data_pipeline.quality.train_filter import FOREST_NAME, REPORT_NAME, STAGE, 
 from data_pipeline.records.record import Json, Record, Reject, digest
 from data_pipeline.runner.executors import run_shards
 from data_pipeline.runner.finished import Finished, Show, finished_records, run_options
+from data_pipeline.runner.first_phase import FirstPhase, run_with_first_phase
 from data_pipeline.runner.output import (
-    LOCK_NAME,
     MANIFEST_NAME,
     Manifest,
     WorkDirectory,
@@ -40,7 +40,7 @@ from data_pipeline.runner.output import (
     write_json,
 )
 from data_pipeline.runner.record_work import PartShard, broken_text, read_shard, record_work
-from data_pipeline.runner.stage import Options, Stage, Tally, run_stage
+from data_pipeline.runner.stage import Options, Stage, Tally
 from data_pipeline.similarity.digest import text_digest
 from data_pipeline.similarity.shingles import mix
 from megaphi.durable import file_sha256
@@ -201,40 +201,29 @@ def filter_records(
     place = out.with_name(out.name + ".scores.partial")
     work = record_work(records)
     parts: list[PartShard] = list(work.shards)
-    scored: list[WorkDirectory] = []
 
-    def prepare() -> None:
-        plan = digest([VERSION, quality_filter.digest, work.fingerprint])
-        scored.append(WorkDirectory(place, plan, shared=options.runner.shared))
+    def decide(scored: WorkDirectory) -> None:
+        directories = [scored.shard_directory(part.index) for part in parts]
         tasks = [
-            _ScoreTask(part, scored[0].shard_directory(part.index), quality_filter)
-            for part in parts
+            _ScoreTask(part, directory, quality_filter)
+            for part, directory in zip(parts, directories, strict=True)
         ]
-        run_shards(_score_part, tasks, scored[0], options.runner, options.on_shard)
-        directories = [scored[0].shard_directory(part.index) for part in parts]
+        run_shards(_score_part, tasks, scored, options.runner, options.on_shard)
         _decide(directories, place, selection, threshold, quality_filter.report["reference"])
 
+    plan = [VERSION, quality_filter.digest, work.fingerprint]
+    first = FirstPhase(directory=place, plan=plan, run=decide)
     work = replace(
         work,
         shards=[
             FilterShard(part, place / f"decisions-{part.index:05d}.npz", quality_filter.digest)
             for part in parts
         ],
-        prepare=prepare,
         finish=lambda directory, notes: write_json(
             directory / DRIFT_NAME, json.loads((place / DRIFT_NAME).read_bytes())
         ),
     )
-    try:
-        manifest, reused = run_stage(stage, work, out, options)
-        # Of a run that was killed after it had published, the scores alone are left.
-        if not scored and (place / LOCK_NAME).exists():
-            scored.append(WorkDirectory(place, ""))
-        for directory in scored:
-            directory.discard()
-    finally:
-        for directory in scored:
-            directory.release()
+    manifest, reused = run_with_first_phase(stage, work, out, options, first)
     return manifest, reused, json.loads((out / DRIFT_NAME).read_bytes())
 
 
