@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.model_options import (
-    DTYPES,
+    add_generation_options,
     check_sampling,
     choose_device,
     tokenizer_file,
@@ -45,19 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="read the text, or .jsonl: many prompts"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: most probable token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="of each prompt")
+    add_generation_options(parser, max_new_tokens=128, batch_size=16)
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bf16 on a GPU")
-    parser.add_argument("--cuda-graphs", choices=("auto", "never"), default="auto")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the model's own")
     parser.add_argument("--json", action="store_true", help="print a JSON object a completion")
     parser.add_argument(
         "--stream",
@@ -110,14 +101,10 @@ def _requests(options: argparse.Namespace) -> list[_Request]:
     Raises:
         FileNotFoundError, ValueError: an option or a line of the file is not as it must be.
     """
-    check_sampling(options.temperature, options.top_p)
+    check_sampling(options)
     for name in ("samples", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
-    if options.samples > 1 and options.temperature == 0:
-        raise ValueError(
-            f"--samples {options.samples} at temperature 0 are all the same; give --temperature 0.8"
-        )
     if "" in options.stop:
         raise ValueError("--stop must not be empty")
     rows = [("--prompt", {"prompt": options.prompt})]

@@ -154,15 +154,11 @@ def _check(options: argparse.Namespace) -> _Job:
     for name in _POSITIVE:
         if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, and no infinity")
-    check_sampling(options.temperature, options.top_p)
+    check_sampling(options)
     if options.k is not None and min(options.k) < 1:
         raise ValueError("--k must be above 0")
     if options.k is not None and options.model is not None and max(options.k) > options.samples:
         raise ValueError(f"--k {max(options.k)} needs as many --samples, not {options.samples}")
-    if options.samples > 1 and options.temperature == 0:
-        raise ValueError(
-            f"--samples {options.samples} at temperature 0 are all the same; give --temperature 0.8"
-        )
     suite = load_suite(options.suite, options.suite_file)
     return _Job(
         suite=suite,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_pipeline.sandbox.executor import usable_processors
 from tools.evaluation.perturb import FAMILIES
+from tools.model_options import add_generation_options
 
 
 def evaluation_parser(description: str) -> argparse.ArgumentParser:
@@ -45,18 +46,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     sampling = parser.add_argument_group("generation")
-    sampling.add_argument("--samples", type=int, default=1, metavar="N", help="a problem")
-    sampling.add_argument("--temperature", type=float, default=0.0)
-    sampling.add_argument("--top-p", type=float, default=1.0)
-    sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    sampling.add_argument("--batch-size", type=int, default=32, metavar="N")
-    sampling.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    sampling.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    sampling.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="instead of the model's own"
-    )
-    sampling.add_argument("--cuda-graphs", choices=("auto", "never"), default="auto")
+    add_generation_options(sampling, max_new_tokens=512, batch_size=32)
     run = parser.add_argument_group("the checkpoints of a run")
     run.add_argument("--all-checkpoints", action="store_true", help="each of the run MODEL")
     run.add_argument("--tensorboard", action="store_true", help="draw them into the run's")
