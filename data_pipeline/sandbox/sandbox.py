@@ -90,7 +90,7 @@ class Limits:
     def as_job(self) -> dict[str, int]:
         """The form that the zygote takes.
 
-        The kernel counts `cpu` by sampling, wrong by a third on a loaded machine. It is for what a
+        The kernel counts `cpu` by sampling, too much on a loaded machine. It is for what a
         program's children use; the program itself is timed exactly.
         """
         return {
