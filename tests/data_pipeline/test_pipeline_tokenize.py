@@ -279,12 +279,12 @@ def test_a_tokenizer_of_several_corpora_hears_the_small_one(tmp_path: Path) -> N
     large = write_records(tmp_path / "large", [f"aaaa {n} " * 50 for n in range(400)], 100)
     small = write_records(tmp_path / "small", [f"zzzz {n} " * 5 for n in range(40)], 100)
     size = sum(part.stat().st_size for part in small.glob("*.jsonl"))
-    made = train_tokenizer([large, small], tmp_path / "both", 300, max_bytes=2 * size)
+    made = train_tokenizer([large, small], tmp_path / "both", 302, max_bytes=2 * size)
     vocabulary = json.loads((made.path / "tokenizer.json").read_text())["model"]["vocab"]
     assert {"aaaa", "zzzz"} <= set(vocabulary)
-    assert train_tokenizer([large, small], tmp_path / "both", 300, max_bytes=2 * size).reused
+    assert train_tokenizer([large, small], tmp_path / "both", 302, max_bytes=2 * size).reused
     with pytest.raises(ValueError, match="overwrite"):
-        train_tokenizer([small, large], tmp_path / "both", 300, max_bytes=2 * size)
+        train_tokenizer([small, large], tmp_path / "both", 302, max_bytes=2 * size)
 
 
 def test_a_large_vocabulary_is_stored_as_int32(tmp_path: Path, records: Path) -> None:
