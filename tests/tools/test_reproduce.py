@@ -14,14 +14,6 @@ from tests.helpers import child_environment
 from tools.reproduce.figure import SCALES, arms
 from tools.reproduce.jobs import Job, Jobs, Slot
 from tools.reproduce.labels import score
-from tools.reproduce.result import mcnemar
-
-
-@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (5, 5), (26, 8), (18, 8), (300, 200)])
-def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", SCALES)

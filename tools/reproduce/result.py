@@ -1,12 +1,12 @@
 """The scores of a figure's models: rows, means over seeds with intervals, paired tests."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.evaluation.compare import mcnemar
 from tools.evaluation.pass_at_k import wilson
 from tools.reproduce.figure import BEST, Arm, Plan
 from tools.reproduce.jobs import Jobs
@@ -150,10 +150,3 @@ def _paired(one: Outcomes, two: Outcomes) -> dict[str, Any]:
         "p": mcnemar(gained, lost),
         "disjoint": one.interval[0] > two.interval[1] or two.interval[0] > one.interval[1],
     }
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value that gains and losses are equally likely (McNemar 1947)."""
-    trials, rarer = gained + lost, min(gained, lost)
-    tail = sum(math.comb(trials, k) for k in range(rarer + 1)) / 2**trials if trials else 1.0
-    return min(1.0, 2 * tail)
