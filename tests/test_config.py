@@ -170,3 +170,44 @@ def test_processes_that_do_not_divide_are_refused_with_the_nearest_count() -> No
         grid_shape(parallel, 2)
     with pytest.raises(ValueError, match=r"replicate=4.*6"):
         grid_shape(Parallel(replicate=4), 6)
+
+
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        (["train.steps=5"], "--train.steps=5"),
+        (["--train.steps=5", "train.seed=1"], "--train.seed=1"),
+        (["--train.steps", "5", "stray"], "stray"),
+        (["-train.steps=5"], "--train.steps=5"),
+        (["--train.run_dir="], "train.run_dir"),
+        (["--data.train="], "data.train"),
+        (["--data", "mix.yaml"], "data.sequence_length"),
+        (["missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_every_word_is_used_or_refused(words: list[str], fact: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {run_dir: r, steps: 3}\ndata: {train: t}\n", encoding="utf-8")
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
+        load_recipe([str(path), *words])
+    assert fact in str(refused.value)
+
+
+def test_a_second_recipe_overrides_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "train: {run_dir: r, steps: 3}\ndata: {train: t, sequence_length: 64}\n", encoding="utf-8"
+    )
+    (tmp_path / "mix.yaml").write_text(
+        "data: {train: [0.5, a, 0.5, ~/b], split: '9,1,0'}\n", encoding="utf-8"
+    )
+    recipe = load_recipe([str(tmp_path / "r.yaml"), str(tmp_path / "mix.yaml")])
+    assert recipe.data.train == [0.5, "a", 0.5, str(Path.home() / "b")]
+    assert (recipe.data.split, recipe.data.sequence_length) == ("9,1,0", 64)
+    assert (recipe.train.run_dir, recipe.train.steps) == ("r", 3)
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("train:\n  run_dir: r\n  steps: 3\n  steps: 4\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 4.*steps"):
+        load_recipe([str(path)])

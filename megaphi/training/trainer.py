@@ -59,8 +59,6 @@ class Trainer:
             self.state = RunState(recipe, mesh, *parts, self.say)
             if not self.state.resume():
                 self.initialize()
-            if mesh.is_main:
-                self.state.write_settings()
             self.checkpoints.prepare(self.state.tensors())
         except BaseException:
             self.checkpoints.close()
@@ -103,6 +101,8 @@ class Trainer:
         if step >= recipe.train.steps and not evaluate:
             self.say(f"nothing to do: step {step} of {recipe.train.steps} is done")
             return
+        if self.mesh.is_main:
+            self.state.write_settings()
         loader = Loader(
             self.data.of_pass,
             LoaderOptions.of_run(recipe, self.mesh.device, self.data.eod_id),

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from megaphi.recipe_file import read_yaml
 from tools.data.parser import STAGES
 from tools.data.stage_options import Option, keys_of_stage, options_of, read_options
 from tools.option_names import translated
@@ -70,22 +71,6 @@ class CorpusRecipe:
     prices: dict[str, float]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error, not the end of the first."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for (key_node, _), key in zip(node.value, keys, strict=True):
-        if keys.count(key) > 1 and key != "<<":
-            raise ValueError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def unknown(kind: str, name: str, known: Sequence[str]) -> str:
     """Say that `name` is no `kind`, and which of `known` is nearest."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -109,14 +94,7 @@ def read_recipe(
         FileNotFoundError: there is no such file.
         ValueError: it is not a recipe; file, stage and key are named.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe file")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    tree = read_yaml(path)
     return _Reader(path).read(tree, settings, work)
 
 
