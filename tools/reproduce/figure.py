@@ -204,7 +204,15 @@ class Plan:
         options = ("--kind", "suite", "--samples", str(self.scale.problems), "--world", "figure")
         yield Job(
             name="suite",
-            words=("data", "compose", *options, "--groups", ",".join(GROUPS), "--out", str(self.suite)),
+            words=(
+                "data",
+                "compose",
+                *options,
+                "--groups",
+                ",".join(GROUPS),
+                "--out",
+                str(self.suite),
+            ),
             out=self.suite,
             weight=0.2,
         )
