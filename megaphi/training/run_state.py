@@ -1,7 +1,7 @@
 """What a run continues from: its state, how it is saved, resumed and rewound."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from megaphi.checkpoint.resume import (
 )
 from megaphi.config import Recipe
 from megaphi.durable import write_durably
+from megaphi.formats.manifest import CheckpointError
 from megaphi.formats.tokenizer_files import copy_tokenizer
 from megaphi.metrics.logger import RunLogger
-from megaphi.optim.adamw import AdamW
+from megaphi.optim.adamw import AdamW, own_part
 from megaphi.parallel.mesh import Mesh
 from megaphi.resilience.spikes import Rewinds
 from megaphi.training.engine import Engine
@@ -74,8 +75,13 @@ class RunState:
         return {**weights, **optimizer.state_tensors(), **engine.precision_tensors()}
 
     def save(self) -> None:
-        """Publish a checkpoint of the present step, at once or in the background."""
-        engine = self._engine
+        """Publish a checkpoint of the present step, at once or in the background.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity, or see `CheckpointManager.save`.
+        """
+        engine, tensors = self._engine, self.tensors()
+        self._refuse_nonfinite(tensors)
         state = {
             "step": self.step,
             "consumed_samples": self.step * self._recipe.train.global_batch_size,
@@ -88,7 +94,18 @@ class RunState:
             "token_file_dates": self._data.dates,
             "environment": environment(self._mesh, engine.rounding),
         }
-        self._checkpoints.save(self.step, self.tensors(), state)
+        self._checkpoints.save(self.step, tensors, state)
+
+    def _refuse_nonfinite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise a `CheckpointError` on all processes if any of them holds NaN or infinity."""
+        finite = {name: own_part(tensor).isfinite().all() for name, tensor in tensors.items()}
+        broken = [name for name, flag in finite.items() if not flag]
+        if self._mesh.any(bool(broken)):
+            where = f": {broken[0]}" if broken else " on another process"
+            raise CheckpointError(
+                f"step {self.step}: weights or moments are not finite{where}; nothing was saved, "
+                "and the checkpoint before stays the newest"
+            )
 
     def resume(self) -> bool:
         """Load the newest verified checkpoint; False where a new run has to start."""

@@ -9,7 +9,7 @@ from megaphi.checkpoint.resume import load_weights_into
 from megaphi.config import Recipe
 from megaphi.data.loader import Loader, LoaderOptions
 from megaphi.device import HostCopy
-from megaphi.errors import Preempted
+from megaphi.errors import Preempted, RunError
 from megaphi.metrics.logger import RunLogger, has_evaluation
 from megaphi.model.init import initialize
 from megaphi.optim.adamw import AdamW
@@ -139,6 +139,11 @@ class Trainer:
                 return
             # weights that only give non-finite steps must not replace the checkpoints from before
             save = save and (last or state.reporter.nonfinite_in_a_row == 0)
+            if last and not int(self.optimizer.updates):
+                raise RunError(
+                    f"none of {state.step} steps had finite gradients: nothing was learned, and "
+                    "nothing is saved; lower optimizer.learning_rate, or look at the data and the initial weights"
+                )
             if save or stop:
                 self.save()
             if state.step % (recipe.train.replica_check_interval or recipe.train.steps) == 0:
