@@ -142,7 +142,8 @@ class Trainer:
             if last and not int(self.optimizer.updates):
                 raise RunError(
                     f"none of {state.step} steps had finite gradients: nothing was learned, and "
-                    "nothing is saved; lower optimizer.learning_rate, or look at the data and the initial weights"
+                    "nothing is saved; lower optimizer.learning_rate, or look at the data and the "
+                    "initial weights"
                 )
             if save or stop:
                 self.save()
