@@ -139,7 +139,7 @@ class Trainer:
                 return
             # weights that only give non-finite steps must not replace the checkpoints from before
             save = save and (last or state.reporter.nonfinite_in_a_row == 0)
-            if last and not int(self.optimizer.updates):
+            if last and state.reporter.nonfinite_in_a_row >= state.step:
                 raise RunError(
                     f"none of {state.step} steps had finite gradients: nothing was learned, and "
                     "nothing is saved; lower optimizer.learning_rate, or look at the data and the "
