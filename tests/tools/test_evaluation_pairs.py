@@ -167,7 +167,7 @@ def test_two_evaluations_are_compared(tmp_path: Path, capsys: Any) -> None:
     sides_words = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert main(["evaluate", "--compare", *sides_words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["gained"], found["lost"]) == (["toy/2", "toy/3", "toy/4"], ["toy/1"])
+    assert (sorted(found["gained"]), found["lost"]) == (["toy/2", "toy/3", "toy/4"], ["toy/1"])
     assert found["p"] == pytest.approx(0.625)
     assert found["difference"] == pytest.approx(2 / 6)
     assert main(["evaluate", "--compare", *sides_words]) == 0
