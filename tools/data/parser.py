@@ -103,10 +103,11 @@ STAGES = {
 VERBS = {**STAGES, "run": Verb("tools.data.run.options:RecipeRun", "tools.data.run.command:run")}
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, as those of the rest of the command are."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise the `ValueError` that the command prints as one line."""
         raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
@@ -123,7 +124,7 @@ def find_verb(argv: Sequence[str]) -> Verb:
         width = max(map(len, VERBS))
         lines = [f"  {name:<{width}}  {verb.text}" for name, verb in VERBS.items()]
         listing = "\n".join(["verbs:", *lines, "", ""])
-    parser = _Parser(
+    parser = OneLineParser(
         prog="megaphi data",
         description="Build a corpus: records, tokenizer, token files.",
         epilog=listing + EXAMPLES,
@@ -155,7 +156,7 @@ def parse(verb: Verb, argv: Sequence[str]) -> tuple[Any, bool]:
 
 def make_parser(name: str, verb: Verb, *, with_help: bool) -> argparse.ArgumentParser:
     """The parser of a verb; with the help of its options, which takes longer, only if asked."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog=f"megaphi data {name}",
         description=" ".join((verb.stage.__doc__ or "").split()),
         allow_abbrev=False,

@@ -13,21 +13,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megaphi.durable import write_durably
 from megaphi.own_packages import ROOT
+from tools.data.parser import OneLineParser
 from tools.reproduce.figure import CORPORA, SCALES, Arm, Plan
 from tools.reproduce.jobs import Jobs, slots
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see `{self.prog} --help`")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="megaphi reproduce", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="megaphi reproduce", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(metavar="WHAT", required=True)
     text = "figure 2.1 of phi-1 in a small world: sizes, corpora, exercises"
     figure = verbs.add_parser("figure", help=text, description=text)
